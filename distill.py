@@ -1,0 +1,37 @@
+#!/usr/bin/env python
+"""Train a student on what a teacher says and on labels.
+
+accelerate launch distill.py --config recipes/digits/kd.yaml --teacher runs/digits/teacher
+"""
+
+from kd.config import DistillConfig, parse
+from kd.errors import run_script
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Distil, and return the exit status: 0 when finished, 128 + the signal when a signal stopped it."""
+    config = parse(DistillConfig, argv)
+
+    from kd.conclude import conclude  # imported here: --help and --print_config need none of it
+    from kd.data import load_data
+    from kd.distiller import Distiller
+    from kd.fit import fit
+    from kd.setup import announce, build_trained, make_accelerator, open_run
+    from kd.teachers import load_teacher
+
+    accelerator = make_accelerator(config)
+    with open_run(config, accelerator) as run:
+        if run.finished:
+            return 0
+        with accelerator.main_process_first():
+            data = load_data(config.data)
+        teacher = load_teacher(config.teacher, data.classes, config.teacher_mean, accelerator.device)
+        student = build_trained(config.student, data, config)
+        distiller = Distiller(student, config.losses)
+        announce(distiller, data, config, accelerator)
+        fitted = fit(distiller, teacher, data, config, accelerator, run)
+        return conclude(fitted, data, config, accelerator, run)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,61 @@
+"""The student and its losses as one module: all that learns, and the only module that is prepared for training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kd.errors import UserError
+from kd.losses import Loss
+from kd.outputs import Batch, Outputs
+
+
+class Distiller(nn.Module):
+    """Student and losses behind one `forward`, so that what a loss learns is in the optimizer, in DDP and in the
+    checkpoint by construction.
+
+    Args:
+        student: maps (images, keys) to `Outputs`; a `kd.models.Classifier`.
+        losses: the terms; two of one class are told apart by a number.
+
+    Raises:
+        UserError: there is no loss.
+    """
+
+    def __init__(self, student: nn.Module, losses: Sequence[Loss]):
+        super().__init__()
+        if not losses:
+            raise UserError("no loss is given; add one to losses, for example CrossEntropy")
+        self.student = student
+        self.losses = nn.ModuleDict()
+        for loss in losses:
+            name = type(loss).__name__
+            count = sum(other == name or other.startswith(name + "_") for other in self.losses)
+            self.losses[f"{name}_{count + 1}" if count else name] = loss
+
+    @property
+    def needs_teacher(self) -> list[str]:
+        """Names of the terms that compare the student with a teacher."""
+        return [name for name, loss in self.losses.items() if loss.needs_teacher]
+
+    def forward(self, batch: Batch, teacher: Outputs | None) -> dict[str, Tensor]:
+        """The weighted terms, each a float32 scalar, the mean over this process's images."""
+        student = _float(self.student.outputs(batch.images, batch.keys))
+        # Half precision has too few bits for a logarithm of a small probability: losses always run in float32.
+        with torch.autocast(batch.images.device.type, enabled=False):
+            return {name: loss.weight * loss(student, teacher, batch) for name, loss in self.losses.items()}
+
+    def objective(self) -> str:
+        """The objective in words: every term with its weight and hyperparameters."""
+        return " + ".join(f"{loss.weight:g} * {name}{_arguments(loss)}" for name, loss in self.losses.items())
+
+
+def _float(outputs: Outputs) -> Outputs:
+    return Outputs(outputs.logits.float(), {name: feature.float() for name, feature in outputs.features.items()})
+
+
+def _arguments(loss: Loss) -> str:
+    shown = {k: v for k, v in vars(loss).items() if not k.startswith("_") and k not in ("training", "weight")}
+    return f"({', '.join(f'{k}={v}' for k, v in shown.items())})" if shown else ""

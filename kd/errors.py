@@ -1,0 +1,63 @@
+"""What a user can do wrong ends in one clear line and an exit status that is not 0."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: the message names the bad value, the known ones and the remedy."""
+
+
+def unknown(what: str, value: object, known: Iterable[str], remedy: str = "") -> UserError:
+    """The error for a name that is not among the known ones, with the nearest of them if one is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.6)
+    guess = f" (did you mean {near[0]!r}?)" if near else ""
+    return UserError(f"unknown {what} {value!r}{guess}; known: {', '.join(known)}{'; ' + remedy if remedy else ''}")
+
+
+def is_main_process() -> bool:
+    """True in the process that may print; known from the launcher's environment before anything is set up."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(message: str) -> None:
+    """Print a line on the main process, at once."""
+    if is_main_process():
+        print(message, flush=True)
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and turn what a user can cause into one line on stderr and an exit status.
+
+    The status is `main`'s own (None is 0), 2 for a UserError, 1 for a full or broken disk, 130 for Ctrl-C.
+    """
+    try:
+        status = main() or 0
+    except UserError as error:
+        status = _fail(str(error), 2)
+    except KeyboardInterrupt:
+        status = _fail("interrupted; the same command goes on from the last checkpoint", 130)
+    except BrokenPipeError:  # `python evaluate.py ... | head` is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        place = f": {error.filename}" if error.filename else ""
+        status = _fail(f"{os.strerror(error.errno).lower()}{place}; free or change it and run the same command", 1)
+    sys.exit(status)
+
+
+def _fail(message: str, status: int) -> int:
+    if is_main_process():
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)  # the launcher ends all processes when one fails: leave the main one the time to speak
+    return status

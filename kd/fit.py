@@ -1,0 +1,289 @@
+"""The one training loop, and prediction over a split. Everything that varies is in its arguments."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kd import keyed, metrics
+from kd.checkpoint import Progress, load_newest, load_optimizer_tensors, optimizer_tensors, save_checkpoint
+from kd.config import OptimizerConfig
+from kd.data import DROPOUT, Data, Split, TrainBatches
+from kd.distiller import Distiller
+from kd.errors import UserError, say
+from kd.outputs import Outputs
+from kd.parallel import StopSignal, gather_rows
+from kd.runs import Run
+from kd.teachers import Teacher
+from kd.track import Tracker
+
+
+def fit(
+    distiller: Distiller,
+    teacher: Teacher | None,
+    data: Data,
+    config,
+    accelerator: Accelerator,
+    run: Run,
+    tracker_class=Tracker,
+) -> Fitted:
+    """Train until the last step, going on from the run's newest checkpoint.
+
+    Each step is a function of the weights, the optimizer's state and the step number, so a run that was stopped at any
+    moment ends with the same bytes as one that was not (on a CPU; on a GPU with `deterministic`).
+
+    Args:
+        distiller: the student and its losses; moved to the accelerator's device.
+        teacher: already on that device, or None.
+        config: a `kd.config.TrainConfig`.
+
+    Returns:
+        What conclude() needs; its `signal` is not 0 if a signal stopped the run before its last step.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    student, device = distiller.student, accelerator.device
+    optimizer = make_optimizer(config.optimizer, distiller, device)
+    model, optimizer = accelerator.prepare(distiller, optimizer)
+    batches = TrainBatches(
+        data.train,
+        config.data.batch_size,
+        config.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.data.flip,
+        config.data.pad_crop,
+    )
+    per_epoch = batches.steps_per_epoch
+    total = config.epochs * per_epoch if config.max_steps is None else min(config.epochs * per_epoch, config.max_steps)
+    progress, best = _resume(distiller, optimizer, accelerator, run)
+    tracker = tracker_class(accelerator, run, config, progress.metrics_bytes)
+    meter = Meter(list(distiller.losses), device, progress.sums, accelerator.is_main_process)
+    folder, saved_step = run.folder / "checkpoints", progress.step if progress.step else None
+    started = time.perf_counter() - progress.seconds
+    bar = tqdm(
+        total=total,
+        initial=progress.step,
+        unit="step",
+        dynamic_ncols=True,
+        disable=None if accelerator.is_main_process else True,
+    )
+
+    def save() -> int:
+        meter.check(accelerator, config.optimizer.lr, saved_step)  # what is not finite must never be kept
+        progress.sums, progress.metrics_bytes = meter.state(accelerator), tracker.num_bytes
+        progress.seconds = time.perf_counter() - started
+        progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        if accelerator.is_main_process:
+            tensors = {"distiller": distiller.state_dict(), "optimizer": optimizer_tensors(optimizer)}
+            save_checkpoint(folder, progress, {**tensors, **({"best": best} if best else {})})
+        return progress.step
+
+    model.train()
+    with StopSignal() as stop:
+        while progress.step < total:
+            step = progress.step
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optimizer, step, total, per_epoch)
+            torch.manual_seed(keyed.key(config.seed, DROPOUT, step, accelerator.process_index) & (2**63 - 1))
+            batch, share = batches.read(step, device)
+            teacher_outputs = None
+            if teacher is not None:
+                with accelerator.autocast():
+                    teacher_outputs = teacher(batch.images)
+            terms = model(batch, teacher_outputs)
+            # `share` weighs this process's mean so that the processes' mean is the mean over the global batch
+            accelerator.backward(sum(terms.values()) * share)
+            if config.optimizer.clip_norm is not None:
+                accelerator.clip_grad_norm_(distiller.parameters(), config.optimizer.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            meter.add(terms, len(batch.labels) if share else 0, step)
+            progress.step = step + 1
+            bar.update()
+            epoch_ends = progress.step % per_epoch == 0 or progress.step == total
+            if progress.step % config.log_every == 0 or epoch_ends:
+                row = meter.flush(accelerator, config.optimizer.lr, saved_step)
+                seen = progress.step * config.data.batch_size - (progress.step // per_epoch) * (
+                    per_epoch * config.data.batch_size - len(data.train)
+                )
+                place = {"step": progress.step, "epoch": step // per_epoch + 1, "images_seen": seen}
+                tracker.log({**place, **row, "lr": optimizer.param_groups[0]["lr"]})
+                bar.set_description(f"epoch {place['epoch']}/{config.epochs}", refresh=False)
+                bar.set_postfix_str("  ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in row.items()))
+            if epoch_ends:
+                row = meter.end_epoch()
+                if data.val is not None:
+                    logits, labels = predict(student, data.val, config.data.batch_size, accelerator)
+                    model.train()
+                    row["val/accuracy"] = metrics.accuracy(logits, labels)
+                    row["val/nll"] = metrics.negative_log_likelihood(logits, labels)
+                    if row["val/accuracy"] > progress.best.get("val_accuracy", -1):
+                        progress.best = {"epoch": place["epoch"], "val_accuracy": row["val/accuracy"]}
+                        best = {k: v.detach().cpu().clone() for k, v in student.network.state_dict().items()}
+                tracker.log({**place, **row})
+                _say_epoch(bar, place["epoch"], config.epochs, row)
+            every = config.checkpoint_every
+            received = stop.agreed()
+            if received or (progress.step % every == 0 if every else epoch_ends) or progress.step == total:
+                saved_step = save()
+            if received and progress.step < total:
+                break
+    bar.close()
+    finished = progress.step == total
+    return Fitted(student, tracker, progress, best, 0 if finished else received)
+
+
+class Fitted:
+    """What training leaves: the student, its best weights on validation, progress, and the open tracker."""
+
+    def __init__(
+        self, student: nn.Module, tracker: Tracker, progress: Progress, best: dict[str, Tensor], received: int
+    ):
+        self.student, self.tracker, self.progress, self.best, self.signal = student, tracker, progress, best, received
+
+
+def _resume(distiller, optimizer, accelerator, run: Run) -> tuple[Progress, dict[str, Tensor]]:
+    found = load_newest(run.folder / "checkpoints")
+    if found is None:
+        return Progress(), {}
+    progress, tensors = found
+    distiller.load_state_dict(tensors["distiller"])
+    load_optimizer_tensors(optimizer, tensors["optimizer"])
+    if progress.scaler is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(progress.scaler)
+    say(f"going on after step {progress.step}")
+    return progress, tensors.get("best", {})
+
+
+def _say_epoch(bar, epoch: int, epochs: int, row: dict) -> None:
+    terms = ", ".join(
+        f"{key.removeprefix('epoch/')} {value:.4f}"
+        for key, value in row.items()
+        if key.startswith("epoch/") and key not in ("epoch/loss", "epoch/images_per_second")
+    )
+    val = f"  val {row['val/accuracy']:.2f} %" if "val/accuracy" in row else ""
+    speed = f"{row['epoch/images_per_second']:,.0f} images/s"
+    line = f"epoch {epoch}/{epochs}  loss {row['epoch/loss']:.4f} ({terms}){val}  {speed}"
+    if not bar.disable:
+        bar.write(line)
+    else:
+        say(line)
+
+
+class Meter:
+    """Sums of the loss terms on the device, read once a log interval; remembers the first step that was not finite."""
+
+    def __init__(self, names: list[str], device: torch.device, sums: dict, is_main: bool):
+        self.names = [*names, "loss"]
+        self._sums = torch.zeros(
+            len(self.names) + 1, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64
+        )
+        self._bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._epoch = dict(sums.get("epoch", {}))
+        self._interval_start, self._epoch_images, self._epoch_start = time.perf_counter(), 0.0, time.perf_counter()
+        if "interval" in sums and is_main:
+            self._sums += torch.tensor(
+                [sums["interval"][name] for name in (*self.names, "images")], dtype=self._sums.dtype, device=device
+            )
+
+    def add(self, terms: dict[str, Tensor], num_images: int, step: int) -> None:
+        values = torch.stack([term.detach() for term in terms.values()])
+        total = values.sum()
+        if num_images:
+            self._sums[:-1] += torch.cat([values, total[None]]) * num_images
+            self._sums[-1] += num_images
+        self._bad = torch.where((self._bad < 0) & ~total.isfinite(), step + 1, self._bad)
+
+    def check(self, accelerator, lr: float, saved_step: int | None) -> None:
+        """Raise a UserError, on all processes, if any step since the start was not finite on any of them."""
+        bad = [step for step in accelerator.gather(self._bad[None]).tolist() if step >= 0]
+        if bad:
+            kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "there is no checkpoint yet"
+            raise UserError(
+                f"the loss is not finite at step {min(bad)}; lower --optimizer.lr (it is {lr:g}) or set "
+                f"--optimizer.clip_norm; {kept}"
+            )
+
+    def state(self, accelerator) -> dict:
+        """The open sums over all processes, for the checkpoint."""
+        interval = accelerator.reduce(self._sums.clone(), "sum").tolist()
+        return {"interval": dict(zip((*self.names, "images"), interval, strict=True)), "epoch": self._epoch}
+
+    def flush(self, accelerator, lr: float, saved_step: int | None) -> dict[str, float]:
+        """The terms' means over the interval's images, over all processes; starts the next interval."""
+        self.check(accelerator, lr, saved_step)
+        *sums, images = accelerator.reduce(self._sums.clone(), "sum").tolist()
+        for name, value in zip((*self.names, "images"), (*sums, images), strict=True):
+            self._epoch[name] = self._epoch.get(name, 0.0) + value
+        now = time.perf_counter()
+        row = {f"train/{name}": value / images for name, value in zip(self.names, sums, strict=True)}
+        row["images_per_second"] = images / (now - self._interval_start)
+        self._epoch_images += images
+        self._interval_start = now
+        self._sums.zero_()
+        return row
+
+    def end_epoch(self) -> dict[str, float]:
+        """The terms' means over the epoch's images; the speed is that since the epoch's start or the last restart."""
+        row = {f"epoch/{name}": self._epoch[name] / self._epoch["images"] for name in self.names}
+        now = time.perf_counter()
+        row["epoch/images_per_second"] = self._epoch_images / (now - self._epoch_start)
+        self._epoch, self._epoch_images = {}, 0.0
+        self._epoch_start = self._interval_start = now
+        return row
+
+
+def make_optimizer(config: OptimizerConfig, distiller: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of everything in the distiller that is trained.
+
+    Raises:
+        UserError: nothing is trained.
+    """
+    parameters = [p for p in distiller.parameters() if p.requires_grad]
+    if not parameters:
+        raise UserError("nothing is left to train; the whole network is frozen")
+    arguments = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": device.type == "cuda"}
+    if config.name == "sgd":
+        return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, **arguments)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name](parameters, **arguments)
+
+
+def learning_rate(config: OptimizerConfig, step: int, total: int, per_epoch: int) -> float:
+    """The learning rate of a step, counted from 0; nothing about it has to be saved."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "cosine":
+        done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+        return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    if config.schedule == "multistep":
+        return config.lr * config.gamma ** sum(step // per_epoch >= epoch for epoch in config.milestones)
+    return config.lr
+
+
+@torch.inference_mode()
+def predict(network: nn.Module, split: Split, batch_size: int, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) and labels (N,) of a split, on the CPU, in its order, each image once at any number of processes.
+
+    Args:
+        network: a `Classifier` or a `Teacher`, on the accelerator's device; put in eval mode.
+        batch_size: images at once over all processes.
+    """
+    network.eval()
+    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    cuts = [len(split) * i // world for i in range(world + 1)]
+    size = max(1, batch_size // world)
+    logits = []
+    for start in range(cuts[rank], cuts[rank + 1], size):
+        where = torch.arange(start, min(start + size, cuts[rank + 1])).numpy()
+        outputs = network(split.read(where, device)[0])
+        logits.append((outputs.logits if isinstance(outputs, Outputs) else outputs).float())
+    mine = torch.cat(logits) if logits else torch.zeros(0, len(network.classes), device=device)
+    counts = [cuts[i + 1] - cuts[i] for i in range(world)]
+    return gather_rows(mine, counts).cpu(), torch.from_numpy(split.labels)

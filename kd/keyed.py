@@ -1,0 +1,57 @@
+"""Randomness as a pure function of its key, so that nothing random has to be saved or synchronised.
+
+A key is an integer mixed from (seed, epoch, image index, purpose). The same key gives the same draw on a CPU and on a
+GPU, with any number of workers or processes, before and after a restart. The mixing function is the finaliser of
+SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014,
+https://doi.org/10.1145/2660193.2660195).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MASK = (1 << 64) - 1
+
+
+def _signed(value: int) -> int:
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts a negative int64 arithmetically; we need the logical
+
+
+def _finalise(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _signed(_M1)
+    x = (x ^ _shift(x, 27)) * _signed(_M2)
+    return x ^ _shift(x, 31)
+
+
+def key(*parts: int) -> int:
+    """Mix integers into one key, an int that fits int64."""
+    state = 0
+    for part in parts:
+        z = (state + (part + 1) * _GOLDEN) & _MASK
+        z = ((z ^ (z >> 30)) * _M1) & _MASK
+        z = ((z ^ (z >> 27)) * _M2) & _MASK
+        state = z ^ (z >> 31)
+    return _signed(state)
+
+
+def keys(base: int, index: Tensor) -> Tensor:
+    """Mix a key with each integer of `index` (any shape, int64): one key an element, same shape."""
+    return _finalise(base + (index + 1) * _signed(_GOLDEN))
+
+
+def uniform(key_tensor: Tensor) -> Tensor:
+    """A float32 in [0, 1) for each key, from its upper 24 bits."""
+    return _shift(key_tensor, 40).to(torch.float32) * (1.0 / (1 << 24))
+
+
+def permutation(base: int, length: int) -> Tensor:
+    """A permutation of range(length), int64 on the CPU: the order of the keys of its elements."""
+    return torch.argsort(keys(base, torch.arange(length)), stable=True)

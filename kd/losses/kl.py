@@ -1,0 +1,43 @@
+"""Distilling the Knowledge in a Neural Network. Hinton, Vinyals, Dean. 2015. https://arxiv.org/abs/1503.02531
+
+The student matches the teacher's class probabilities, both softened by a temperature T (section 2). The gradient of the
+softened term shrinks as 1 / T^2, so it is multiplied by T^2 (end of section 2).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd.losses.base import Loss
+from kd.outputs import Batch, Outputs
+
+
+def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(teacher || student) at temperature T, the mean over the batch; logits (B, K), a scalar.
+
+    Differs from the paper: KL instead of the cross entropy with the soft targets. They differ by the teacher's entropy,
+    a constant; the gradient is the same, and KL is 0 when both agree.
+    """
+    student_log = F.log_softmax(student_logits / temperature, dim=1)
+    teacher_log = F.log_softmax(teacher_logits / temperature, dim=1)
+    # "batchmean": the sum over classes, the mean over images; "mean" would divide by the number of classes too.
+    return F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True) * temperature**2
+
+
+class KL(Loss):
+    """Kullback-Leibler divergence from the teacher's softened probabilities (Hinton et al. 2015).
+
+    Args:
+        temperature: T, above 0; higher makes the teacher's small probabilities count more.
+        weight: factor of this term in the objective.
+    """
+
+    def __init__(self, temperature: float = 4.0, weight: float = 1.0):
+        super().__init__(weight)
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"KL: temperature {temperature} must be a finite number above 0")
+        self.temperature = temperature
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
+        return kl_divergence(student.logits, teacher.logits, self.temperature)

@@ -1,0 +1,236 @@
+"""Networks by name, and the classifier that a run folder holds: a network with its preprocessing and class names."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from kd.errors import UserError, unknown
+from kd.models import torchvision_nets
+from kd.models.dropout import use_keyed_dropout
+from kd.models.frozen import freeze, freeze_all_but, state_hash
+from kd.models.preprocess import Preprocess, View
+from kd.models.small import SMALL_NETS
+from kd.outputs import Outputs
+
+__all__ = ["Classifier", "View", "build_classifier", "build_network", "freeze", "load_classifier", "state_hash"]
+
+
+class Classifier(nn.Module):
+    """A network that knows its class names and how its images are prepared.
+
+    Args:
+        network: float images (B, C, H, W) to logits (B, K).
+        view: the preprocessing.
+        classes: K names.
+        recipe: `{"model": name, "model_args": {...}}`, what `build_network` needs to make the network again.
+
+    Calling it maps uint8 images (B, C, H, W) to logits (B, K).
+    """
+
+    def __init__(self, network: nn.Module, view: View, classes: Sequence[str], recipe: dict):
+        super().__init__()
+        self.network = network
+        self.preprocess = Preprocess(view)
+        self.classes = list(classes)
+        self.recipe = recipe
+        self._dropouts = use_keyed_dropout(network)
+
+    def outputs(self, images: Tensor, keys: Tensor | None = None) -> Outputs:
+        """Logits for uint8 images; with `keys` (int64 (B,)) dropout draws a function of them."""
+        for dropout in self._dropouts:
+            dropout.keys = keys
+        return Outputs(self.network(self.preprocess(images)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.outputs(images).logits
+
+    @torch.inference_mode()
+    def predict(self, images: Sequence, top: int = 1) -> list[list[tuple[str, float]]]:
+        """Class names and probabilities of images, best first.
+
+        Args:
+            images: files, PIL images, uint8 arrays (H, W) or (H, W, C), of any sizes.
+            top: how many classes to return for each.
+
+        Returns:
+            For each image a list of `top` pairs (class name, probability).
+        """
+        from kd.data.decode import read_image
+
+        if isinstance(images, str | Path):
+            raise TypeError("predict takes a list of images; put a single one in brackets")
+        view, device = self.preprocess.view, self.preprocess.scale.device
+        was_training, results = self.training, []
+        self.eval()
+        for image in images:
+            pixels = torch.from_numpy(np.ascontiguousarray(read_image(image, view.channels, view.source_size)))
+            probabilities = self(pixels[None].to(device)).softmax(1)[0]
+            best = probabilities.topk(min(top, len(self.classes)))
+            results.append([(self.classes[i], p) for i, p in zip(*(part.tolist() for part in best[::-1]), strict=True)])
+        self.train(was_training)
+        return results
+
+    def files(self) -> dict[str, bytes]:
+        """The content of `model.safetensors` and `config.json`, from which `load_classifier` makes it again."""
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
+        weights = safetensors.torch.save(state, metadata={"format": "pt"})
+        config = {
+            **self.recipe,
+            "num_classes": len(self.classes),
+            "classes": self.classes,
+            "preprocess": self.preprocess.view.to_dict(),
+            "sha256": hashlib.sha256(weights).hexdigest(),
+        }
+        return {"model.safetensors": weights, "config.json": (json.dumps(config, indent=2) + "\n").encode()}
+
+
+def model_names() -> list[str]:
+    """All known names: this project's networks and torchvision's."""
+    return [*SMALL_NETS, *torchvision_nets.names()]
+
+
+def build_network(name: str, num_classes: int, model_args: dict | None = None) -> nn.Module:
+    """A network with random weights.
+
+    Args:
+        name: one of `model_names()`, or the import path of your own function or class taking `num_classes`.
+        num_classes: K.
+        model_args: further keyword arguments of the network.
+
+    Raises:
+        UserError: the name or an argument is unknown.
+    """
+    arguments = dict(model_args or {})
+    if _of_torchvision(name):
+        return torchvision_nets.build_torchvision(name, num_classes, **arguments)
+    builder = SMALL_NETS.get(name) or _import(name)
+    signature = inspect.signature(builder)
+    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        for key in arguments:
+            if key not in signature.parameters or key == "num_classes":
+                known = [p for p in signature.parameters if p != "num_classes"]
+                raise unknown(f"argument of {name}", key, known)
+    try:
+        return builder(num_classes=num_classes, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"cannot build {name}: {error}") from None
+
+
+def _of_torchvision(name: str) -> bool:
+    return name not in SMALL_NETS and name in torchvision_nets.names()
+
+
+def _import(path: str):
+    module, _, attribute = path.rpartition(".")
+    if not module:
+        raise unknown("model", path, model_names(), "or the import path of your own, as my_package.MyNet")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"cannot import the model {path!r}: {error}") from None
+
+
+def build_classifier(
+    name: str,
+    classes: Sequence[str],
+    view: View,
+    model_args: dict | None = None,
+    weights: str | None = None,
+    freeze_backbone: bool = False,
+) -> Classifier:
+    """A network with its first weights, its head sized for the classes, its backbone frozen if asked.
+
+    Args:
+        weights: None for random ones, `imagenet` or the name of a torchvision entry, or a file (.safetensors, or .pth
+            holding a state dict). The head is replaced unless the file's has exactly as many classes.
+        freeze_backbone: train the head only; all else keeps its weights and its batch statistics.
+
+    Raises:
+        UserError: unknown name or argument, weights that are missing, damaged or do not fit.
+    """
+    state = None
+    if weights is not None:
+        state = _read_weights(name, weights)
+    elif freeze_backbone:
+        raise UserError(f"freeze_backbone would freeze the random weights of {name}; give weights too")
+    if state is None:
+        network = build_network(name, len(classes), model_args)
+        head = torchvision_nets.head_name(network)
+    else:
+        network, head = _with_weights(name, state, len(classes), model_args, weights)
+    if freeze_backbone:
+        freeze_all_but(network, head)
+    return Classifier(network, view, classes, {"model": name, "model_args": dict(model_args or {})})
+
+
+def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
+    path = Path(weights)
+    if path.suffix not in (".safetensors", ".pth", ".pt", ".bin") and _of_torchvision(name):
+        return torchvision_nets.download_weights(torchvision_nets.pretrained(name, weights))
+    if not path.is_file():
+        raise UserError(f"weights {weights!r}: there is no such file; give a .safetensors or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)  # a full pickle could run code
+        return state.get("state_dict", state)
+    except Exception as error:  # many kinds, by format and by damage; all mean the same to the user
+        raise UserError(f"weights {weights!r} cannot be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def _with_weights(name, state, num_classes, model_args, weights) -> tuple[nn.Module, str]:
+    """The network with a state dict in it, and the name of its head."""
+    with torch.random.fork_rng(devices=[]):  # the head's first weights must not depend on how the rest was filled
+        network = build_network(name, num_classes, model_args)
+    head = torchvision_nets.head_name(network)
+    rows = state[f"{head}.weight"].shape[0] if f"{head}.weight" in state else None
+    if rows not in (None, num_classes):
+        with torch.random.fork_rng(devices=[]):
+            network = build_network(name, rows, model_args)
+    try:
+        network.load_state_dict(
+            {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+        )
+    except RuntimeError as error:
+        reason = re.sub(r"\s+", " ", str(error))[:300]
+        raise UserError(f"weights {weights!r} do not fit {name}: {reason}") from None
+    if rows != num_classes:
+        torchvision_nets.replace_head(network, num_classes)
+    return network, head
+
+
+def load_classifier(run: str | Path, device: str | torch.device = "cpu") -> Classifier:
+    """The network of a finished run, in eval mode; see `kd.load`."""
+    folder = Path(run)
+    if not folder.is_dir():
+        raise UserError(f"run {str(run)!r}: there is no such folder; train it first, or correct the path")
+    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
+    if not config_file.is_file() or not weights_file.is_file():
+        known = (folder / "config.yaml").is_file()
+        what = "is not finished; run its command again to go on" if known else "is no run folder (no config.json)"
+        raise UserError(f"run {str(run)!r} {what}")
+    try:
+        config = json.loads(config_file.read_text())
+        weights = weights_file.read_bytes()
+        if hashlib.sha256(weights).hexdigest() != config["sha256"]:
+            raise ValueError("model.safetensors does not have the checksum that config.json states")
+        state = safetensors.torch.load(weights)
+        view, classes = View(**config["preprocess"]), config["classes"]
+        recipe = {"model": config["model"], "model_args": config["model_args"]}
+    except (ValueError, KeyError, TypeError, OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"run {str(run)!r} is damaged: {error}; train it again with --overwrite true") from None
+    with torch.random.fork_rng(devices=[]):
+        network = build_network(recipe["model"], len(classes), recipe["model_args"])
+    network.load_state_dict(state)
+    return Classifier(network, view, classes, recipe).eval().to(device)

@@ -1,0 +1,44 @@
+"""Dropout whose mask is a function of the image and the step, not of a generator's state.
+
+So a run that was killed goes on with the masks it would have had, and two processes that share a batch draw the masks
+that one process would have drawn.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, arange, nn
+
+from kd import keyed
+
+
+class KeyedDropout(nn.Dropout):
+    """`nn.Dropout` (Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html) with a key an image.
+
+    Without keys (outside the training loop) it is the ordinary dropout.
+    """
+
+    def __init__(self, p: float, layer: int):
+        super().__init__(p)
+        self.layer = layer
+        self.keys: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if self.keys is None or len(self.keys) != len(x):
+            return F.dropout(x, self.p)
+        place = arange(x[0].numel(), device=x.device)
+        draw = keyed.uniform(keyed.keys(keyed.keys(self.keys, self.keys.new_tensor(self.layer))[:, None], place))
+        return x * (draw >= self.p).view_as(x).to(x.dtype) / (1 - self.p)
+
+
+def use_keyed_dropout(network: nn.Module) -> list[KeyedDropout]:
+    """Replace every plain `nn.Dropout` of a network in place; returns the new modules, in order."""
+    found = []
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                found.append(KeyedDropout(child.p, layer=len(found)))
+                setattr(module, name, found[-1].train(child.training))
+    return found

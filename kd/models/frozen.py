@@ -1,0 +1,50 @@
+"""Frozen means frozen: no gradients, and no batch norm statistics that move.
+
+`requires_grad_(False)` alone leaves batch norm in training mode, where every forward pass changes its running
+statistics (https://pytorch.org/docs/stable/notes/autograd.html#evaluation-mode-nn-module-eval).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from types import MethodType
+
+from torch import nn
+
+
+def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Take the gradients from a module for good and keep it in eval mode through every later `train()` of any parent.
+
+    Returns the same module.
+    """
+    module.eval()
+    for part in module.modules():
+        part.train = MethodType(_stay_in_eval, part)
+    return module.requires_grad_(False)
+
+
+def freeze_all_but(network: nn.Module, head: str) -> nn.Module:
+    """Freeze every part of a network but the module called `head` (a dotted name) and the containers on its path."""
+    parts = head.split(".")
+    module = network
+    for depth, part in enumerate(parts):
+        for name, child in module.named_children():
+            if name != part:
+                freeze(child)
+        module.requires_grad_(False) if depth == 0 else None
+        module = module.get_submodule(part)
+    module.requires_grad_(True)
+    return network
+
+
+def state_hash(module: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers by name: equal before and after for what is frozen."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,84 @@
+"""From uint8 images to what a network takes: resize, centre crop, channels, normalise. Batched, on any device."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class View:
+    """What is done to an image before a network sees it; travels with the network in its `config.json`.
+
+    Args:
+        resize: the shorter side in pixels after an antialiased bilinear resize; None leaves the size.
+        crop: side in pixels of the centre crop; None crops nothing.
+        channels: 3 (grey is repeated) or 1 (colour becomes luminance, ITU-R 601).
+        mean, std: a number a channel, on the scale 0..1.
+        source_size: (H, W) of the training images before resizing: images of other sizes are brought to it first.
+    """
+
+    resize: int | None = None
+    crop: int | None = None
+    channels: int = 3
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    source_size: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        for name in ("mean", "std", "source_size"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else tuple(value))
+
+    def to_dict(self) -> dict:
+        """As plain JSON values; `View(**d)` reads it back."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+class Preprocess(nn.Module):
+    """Applies a `View`: uint8 (B, C, H, W) to float32 (B, channels, H', W')."""
+
+    def __init__(self, view: View):
+        super().__init__()
+        self.view = view
+        shape = (1, view.channels, 1, 1)
+        # Folded into one multiply and one add: x * scale + shift equals (x / 255 - mean) / std.
+        mean, std = torch.tensor(view.mean).view(shape), torch.tensor(view.std).view(shape)
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.float()
+        if self.view.resize is not None:
+            images = resize_shorter_side(images, self.view.resize)
+        if self.view.crop is not None:
+            images = centre_crop(images, self.view.crop)
+        if self.view.channels == 1 and images.shape[1] == 3:
+            red, green, blue = images.split(1, dim=1)
+            images = 0.299 * red + 0.587 * green + 0.114 * blue
+        return images * self.scale + self.shift  # a grey image broadcasts to three channels here
+
+
+def resize_shorter_side(images: Tensor, side: int) -> Tensor:
+    """Antialiased bilinear resize of float images (B, C, H, W) so that the shorter of H and W is `side` pixels."""
+    height, width = images.shape[-2:]
+    if min(height, width) == side:
+        return images
+    short = min(height, width)
+    size = [side * height // short, side * width // short]
+    return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+
+
+def centre_crop(images: Tensor, side: int) -> Tensor:
+    """The middle `side` x `side` pixels of (B, C, H, W); rounds as torchvision's CenterCrop does."""
+    height, width = images.shape[-2:]
+    if side > min(height, width):
+        raise ValueError(f"crop {side} is larger than the image, {height}x{width}; set data.resize to {side} or more")
+    top, left = round((height - side) / 2), round((width - side) / 2)
+    return images[..., top : top + side, left : left + side]

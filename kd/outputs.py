@@ -1,0 +1,34 @@
+"""The two things that pass through the loop: a batch of images, and what a network said about it.
+
+Shapes in this project: B batch, K classes, C channels, H and W height and width, N images of a split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """This process's part of one global batch.
+
+    images: uint8 (B, C, H, W), augmented but neither resized nor normalised: each network does that for itself.
+    labels: int64 (B,), index into the class names.
+    index: int64 (B,), the images' places in the training set, by which everything random is keyed.
+    keys: int64 (B,), a key an image for what is random inside the network (dropout); None outside training.
+    """
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    keys: Tensor | None = None
+
+
+@dataclass
+class Outputs:
+    """What a network said about a batch: logits (B, K) and features by tap name."""
+
+    logits: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,166 @@
+"""Tables and pictures of measured runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from kd.evaluation import Measured
+from kd.runs import write_atomic
+
+COLUMNS = (
+    ("top-1 %", lambda row: f"{row['top1']:.2f}"),
+    ("top-5 %", lambda row: f"{row['top5']:.2f}"),
+    ("NLL", lambda row: f"{row['nll']:.4f}"),
+    ("ECE %", lambda row: f"{row['calibration_error']:.2f}"),
+    ("agrees %", lambda row: "-" if row["agreement"] is None else f"{row['agreement']:.2f}"),
+    ("parameters", lambda row: f"{row['num_params']:,}"),
+    ("multiply-adds", lambda row: f"{row['multiply_adds']:,}"),
+    ("MB", lambda row: f"{row['bytes'] / 1e6:.2f}"),
+    ("ms/image", lambda row: "-" if row["latency_ms"] is None else f"{row['latency_ms']:.2f}"),
+)
+
+
+def table(results: list[Measured], markdown: bool = False) -> str:
+    """One line a run: accuracy, calibration, agreement with its teacher, cost."""
+    head = ["run", *(title for title, _ in COLUMNS)]
+    return _align(head, [[r.name, *(show(r.row) for _, show in COLUMNS)] for r in results], markdown)
+
+
+def class_table(results: list[Measured], markdown: bool = False) -> str:
+    """One line a class: each run's accuracy on it in percent."""
+    body = []
+    for name in results[0].row["per_class"]:
+        values = [result.row["per_class"].get(name) for result in results]
+        body.append([name, *("-" if value is None else f"{value:.1f}" for value in values)])
+    return _align(["class", *(result.name for result in results)], body, markdown)
+
+
+def _align(head: list[str], body: list[list[str]], markdown: bool) -> str:
+    rows = [head, *body]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("| " + " | ".join(cells) + " |" if markdown else "  ".join(cells).rstrip())
+    if markdown:
+        lines.insert(
+            1, "| " + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
+        )
+    return "\n".join(lines)
+
+
+def to_json(results: list[Measured]) -> bytes:
+    """All numbers of all runs, confusion matrices (row: label, column: prediction) and notes."""
+    content = [{**r.row, "confusion": r.confusion.tolist(), "notes": r.notes} for r in results]
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def write_report(folder: Path, results: list[Measured]) -> list[Path]:
+    """Write report.md, results.json, accuracy against cost and a confusion matrix a run; returns the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"results.json": to_json(results), "accuracy_vs_cost.png": _accuracy_against_cost(results)}
+    for number, result in enumerate(results, start=1):
+        stem = "".join(c if c.isalnum() else "-" for c in result.name).strip("-")
+        files[f"confusion_{number}_{stem}.png"] = _confusion(result)
+    notes = [f"- {note}" for result in results for note in result.notes]
+    pictures = [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in files if name.endswith(".png")]
+    row = results[0].row
+    text = [
+        f"# {row['split']} of {row['source']}, {row['num_images']} images",
+        table(results, True),
+        *notes,
+        class_table(results, True),
+        *pictures,
+        f"Latency on {row['device']}, one image, preprocessing included.",
+    ]
+    files["report.md"] = ("\n\n".join(text) + "\n").encode()
+    for name, content in files.items():
+        write_atomic(folder / name, content)
+    return [folder / name for name in files]
+
+
+def _png(figure) -> bytes:
+    import io
+
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _accuracy_against_cost(results: list[Measured]) -> bytes:
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
+
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    kinds = {"trained on labels": ("o", "#2b6cb0"), "distilled": ("D", "#c05621")}
+    seen = set()
+    for i, result in enumerate(results):
+        row = result.row
+        kind = "distilled" if row["teacher"] else "trained on labels"
+        marker, colour = kinds[kind]
+        share = row["top1"] / 100
+        error = 100 * math.sqrt(share * (1 - share) / row["num_images"])
+        axes.errorbar(
+            row["multiply_adds"],
+            row["top1"],
+            yerr=error,
+            fmt=marker,
+            color=colour,
+            capsize=3,
+            markersize=8,
+            label=None if kind in seen else kind,
+        )
+        seen.add(kind)
+        above = i % 2 == 0  # neighbours of equal cost are labelled on different sides
+        axes.annotate(
+            result.name,
+            (row["multiply_adds"], row["top1"]),
+            textcoords="offset points",
+            xytext=(9, 7 if above else -14),
+            fontsize=9,
+        )
+    costs = [result.row["multiply_adds"] for result in results]
+    axes.set_xscale("log")
+    axes.set_xlim(min(costs) / 2, max(costs) * 6)
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.set_minor_formatter("")
+    axes.margins(y=0.25)
+    axes.set_xlabel("multiply-adds an image (log scale)")
+    axes.set_ylabel(f"{results[0].row['split']} accuracy, %")
+    axes.set_title(f"{results[0].row['source']}: accuracy against cost (bars: one standard error)", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9, loc="best")
+    return _png(figure)
+
+
+def _confusion(result: Measured) -> bytes:
+    import matplotlib.pyplot as plt
+
+    counts = result.confusion.double()
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    names = list(result.row["per_class"])
+    size = max(4.0, min(12.0, 0.45 * len(names) + 1.5))
+    figure, axes = plt.subplots(figsize=(size, size))
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= 30:
+        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        for i in range(len(names)):
+            for j in range(len(names)):
+                if counts[i, j]:
+                    colour = "white" if shares[i, j] > 0.5 else "black"
+                    axes.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("label")
+    axes.set_title(f"{result.name}: {result.row['top1']:.2f} % of {result.row['num_images']}", fontsize=10)
+    return _png(figure)

@@ -1,0 +1,149 @@
+"""A run folder: who may write in it, whether it goes on, and what it holds at the end.
+
+config.yaml         all that is needed to run again
+model.safetensors   the network's weights
+config.json         what is needed to load the network: its name, classes, preprocessing, the weights' checksum
+metrics.jsonl       one line a log interval and one an epoch
+summary.json        the results; its presence means that the run is finished
+checkpoints/        the newest two states to go on from
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import yaml
+from filelock import FileLock, Timeout
+
+from kd.config import differing_fields, read_yaml
+from kd.errors import UserError, say
+
+FILES = ("config.yaml", "model.safetensors", "config.json", "metrics.jsonl", "summary.json", "tracker.json")
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that after a crash it holds either all of the new content or what it held before."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Run:
+    """One run's folder, opened for writing by the main process and known by path to the others.
+
+    Args:
+        folder: the run folder; made if it does not exist.
+        config: the resolved config.
+        overwrite: delete an earlier run's files first.
+        is_main: whether this process writes.
+
+    Raises:
+        UserError: another live run holds the folder, it holds something else than a run, or a run of another config.
+    """
+
+    def __init__(self, folder: str, config: dict, overwrite: bool, is_main: bool):
+        self.folder, self.config, self.is_main = Path(folder), config, is_main
+        self._lock = None
+        if is_main:
+            self._open(overwrite)
+
+    def _open(self, overwrite: bool) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"output_dir {str(self.folder)!r} is a file; name a folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / ".lock", timeout=0)
+        owner = self.folder / ".owner"
+        try:
+            self._lock.acquire()
+        except Timeout:
+            who = owner.read_text().strip() if owner.is_file() else "another process"
+            raise UserError(
+                f"output_dir {str(self.folder)!r} is in use by {who}; wait for it, or name another output_dir"
+            ) from None
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        foreign = [p.name for p in self.folder.iterdir() if p.name not in (*FILES, "checkpoints") and p.name[0] != "."]
+        saved = self.folder / "config.yaml"
+        if overwrite:
+            self._clear()
+        elif not saved.is_file() and foreign:
+            raise UserError(
+                f"output_dir {str(self.folder)!r} holds files but no run ({', '.join(sorted(foreign)[:3])}); "
+                f"name a new folder"
+            )
+        elif saved.is_file():
+            differing = differing_fields(read_yaml(saved) or {}, self.config)
+            if differing:
+                raise UserError(
+                    f"output_dir {str(self.folder)!r} holds a run of another config; it differs in "
+                    f"{'; '.join(differing)}; name another output_dir, or pass --overwrite true to delete it"
+                )
+        if not saved.is_file():
+            write_atomic(saved, yaml.safe_dump(self.config, sort_keys=False).encode())
+
+    def _clear(self) -> None:
+        for name in FILES:
+            (self.folder / name).unlink(missing_ok=True)
+        for name in ("checkpoints", "wandb", "tensorboard"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has all its results; says so if it has."""
+        done = (self.folder / "summary.json").is_file()
+        if done:
+            say(f"{self.folder} is finished already; nothing to do (--overwrite true starts it anew)")
+        return done
+
+    def finish(self, files: dict[str, bytes], summary: dict) -> None:
+        """Write the network's files and then, as the mark that all is done, the summary."""
+        if self.is_main:
+            for name, content in files.items():
+                write_atomic(self.folder / name, content)
+            write_atomic(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+            say(f"wrote {self.folder}/: {', '.join(sorted(p.name for p in self.folder.iterdir() if p.name[0] != '.'))}")
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Let others have the folder."""
+        if self._lock is not None:
+            (self.folder / ".owner").unlink(missing_ok=True)
+            self._lock.release()
+
+
+def read_summary(folder: Path) -> dict:
+    """A finished run's summary.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    try:
+        return json.loads((folder / "summary.json").read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"run {str(folder)!r} is not finished (no summary.json); run its command again to go on"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"run {str(folder)!r} is damaged: summary.json: {error}") from None

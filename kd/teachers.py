@@ -1,0 +1,88 @@
+"""The teacher: frozen classifiers that answer with logits in the student's class order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kd.errors import UserError, say
+from kd.models import Classifier, View, build_classifier, freeze, load_classifier, torchvision_nets
+from kd.outputs import Outputs
+
+
+class Teacher(nn.Module):
+    """One or several frozen classifiers. Each prepares the images in its own way; all see the same augmented images.
+
+    Args:
+        members: the classifiers; frozen here.
+        classes: the student's class names, which the logits are ordered by.
+        mean: of several members, the mean of their logits (a geometric mean of probabilities) or of `probabilities`
+            (arithmetic; the result is the logarithm of the mean, so a temperature softens the mean).
+    """
+
+    def __init__(self, members: Sequence[Classifier], classes: Sequence[str], mean: str = "logits"):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.mean, self.classes = mean, list(classes)
+        orders = [torch.tensor([member.classes.index(name) for name in classes]) for member in members]
+        for i, order in enumerate(orders):
+            self.register_buffer(f"order_{i}", order, persistent=False)
+        freeze(self)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Outputs:
+        """Logits (B, K), float32, for uint8 images (B, C, H, W)."""
+        logits = [m(images).float()[:, getattr(self, f"order_{i}")] for i, m in enumerate(self.members)]
+        if len(logits) == 1:
+            return Outputs(logits[0])
+        if self.mean == "logits":
+            return Outputs(torch.stack(logits).mean(0))
+        log_probabilities = torch.stack(logits).log_softmax(-1)
+        return Outputs(log_probabilities.logsumexp(0) - torch.tensor(float(len(logits))).log())
+
+
+def load_teacher(names: str | list[str], classes: Sequence[str], mean: str, device: torch.device) -> Teacher:
+    """A teacher from run folders, or torchvision classifiers with their ImageNet weights, by name.
+
+    A run's classes must be the student's, in any order. A torchvision classifier may know more (ImageNet's 1000): its
+    logits of the student's classes are used.
+
+    Raises:
+        UserError: a folder is missing, unfinished or damaged, or classes do not match.
+    """
+    names = [names] if isinstance(names, str) else names
+    members = [_load_member(name, classes) for name in names]
+    return Teacher(members, classes, mean).to(device)
+
+
+def _load_member(name: str, classes: Sequence[str]) -> Classifier:
+    if name in torchvision_nets.names() and not Path(name).is_dir():
+        entry = torchvision_nets.pretrained(name, "imagenet")
+        known = entry.meta["categories"]
+        missing = [c for c in classes if c not in known]
+        if missing:
+            raise UserError(
+                f"teacher {name!r} with its ImageNet weights does not know {_some(missing)}; "
+                f"fit it to your classes first with train_teacher.py --model {name} --weights imagenet"
+            )
+        shape = entry.transforms()
+        view = View(resize=shape.resize_size[0], crop=shape.crop_size[0], mean=tuple(shape.mean), std=tuple(shape.std))
+        say(f"teacher {name}: the logits of the {len(classes)} classes among its {len(known)} are used")
+        return build_classifier(name, known, view, weights="imagenet")
+    member = load_classifier(name)
+    missing, extra = [c for c in classes if c not in member.classes], [c for c in member.classes if c not in classes]
+    if missing or extra:
+        raise UserError(
+            f"teacher {name!r} has other classes than the data"
+            + (f"; it does not know {_some(missing)}" if missing else "")
+            + (f"; the data does not have {_some(extra)}" if extra else "")
+            + "; use a teacher trained on the same classes"
+        )
+    return member
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,38 @@
+#!/usr/bin/env python
+"""Train one network on labels: a teacher, or a student alone.
+
+accelerate launch train_teacher.py --config recipes/digits/teacher.yaml
+"""
+
+from kd.config import TeacherConfig, parse
+from kd.errors import UserError, run_script
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, and return the exit status: 0 when finished, 128 + the signal when a signal stopped it."""
+    config = parse(TeacherConfig, argv)
+
+    from kd.conclude import conclude  # imported here: --help and --print_config need none of it
+    from kd.data import load_data
+    from kd.distiller import Distiller
+    from kd.fit import fit
+    from kd.setup import announce, build_trained, make_accelerator, open_run
+
+    comparing = [type(loss).__name__ for loss in config.losses if loss.needs_teacher]
+    if comparing:
+        raise UserError(f"losses: {', '.join(comparing)} needs a teacher; use distill.py --teacher RUN")
+    accelerator = make_accelerator(config)
+    with open_run(config, accelerator) as run:
+        if run.finished:
+            return 0
+        with accelerator.main_process_first():
+            data = load_data(config.data)
+        network = build_trained(config.model, data, config)
+        distiller = Distiller(network, config.losses)
+        announce(distiller, data, config, accelerator)
+        fitted = fit(distiller, None, data, config, accelerator, run)
+        return conclude(fitted, data, config, accelerator, run)
+
+
+if __name__ == "__main__":
+    run_script(main)
