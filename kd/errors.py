@@ -56,8 +56,10 @@ def run_script(main: Callable[[], int | None]) -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    if is_main_process():
-        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
-    else:
-        time.sleep(5)  # the launcher ends all processes when one fails: leave the main one the time to speak
+    rank = os.environ.get("RANK", "0")
+    if not is_main_process():
+        # The main process mostly has the same error, and the launcher ends all when one fails: let it speak first.
+        time.sleep(5)
+    who = "" if is_main_process() else f" on process {rank}"
+    print(f"error{who}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status

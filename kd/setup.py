@@ -32,9 +32,17 @@ def make_accelerator(config) -> Accelerator:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    return Accelerator(
-        mixed_precision=_precision(config.mixed_precision), **tracker_arguments(config, config.output_dir)
-    )
+    arguments = tracker_arguments(config, config.output_dir)
+    return Accelerator(cpu=on_cpu(), mixed_precision=_precision(config.mixed_precision), **arguments)
+
+
+def on_cpu() -> bool:
+    """Whether to compute on the CPU: the launcher said so, or there is nothing else.
+
+    Without being told, Accelerate starts no process group on a CPU under the torchrun launcher.
+    """
+    told = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+    return told or not torch.accelerator.is_available()
 
 
 def _precision(asked: str) -> str:
@@ -43,8 +51,7 @@ def _precision(asked: str) -> str:
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if told in ("bf16", "fp16"):
         return told
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
-    return "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
+    return "bf16" if not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
 
 
 def open_run(config, accelerator: Accelerator) -> Run:
