@@ -1,0 +1,103 @@
+"""What the tests share: the scripts called in this process, small runs, and images made on the spot."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(autouse=True)
+def _clean_process(monkeypatch, tmp_path_factory):
+    """No tracker key, no network, a cache of this test session's own, no accelerator left by another test."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", "/nonexistent")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("KD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.chdir(ROOT)
+    yield
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+class Result:
+    """How a script ended: its exit status and what it printed."""
+
+    def __init__(self, status: int, out: str, err: str):
+        self.status, self.out, self.err = status, out, err
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a script in this process as its command line would: `call("distill", "--epochs", 2)`."""
+    from kd.errors import run_script
+
+    def run(script: str, *arguments) -> Result:
+        main = importlib.import_module(script).main
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            run_script(lambda: main([str(argument) for argument in arguments]))
+        out, err = capsys.readouterr()
+        return Result(exit_info.value.code, out, err)
+
+    return run
+
+
+def assert_one_line(result: Result, *words: str) -> None:
+    """The script refused with one line on stderr that has all these words, and an exit status of 1 or 2."""
+    assert result.status in (1, 2), result.out + result.err
+    lines = [line for line in result.err.splitlines() if line.strip()]
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+# A run of about a second: 200 digits, 2 epochs of 4 steps.
+SMALL = ("--config", "recipes/digits/student.yaml", "--data.num_train", 200, "--epochs", 2, "--log_every", 1)
+
+
+@pytest.fixture(scope="session")
+def teacher_run(tmp_path_factory) -> Path:
+    """The folder of a small finished teacher on the digits."""
+    import train_teacher
+
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    arguments = ["--config", "recipes/digits/teacher.yaml", "--data.num_train", "200", "--epochs", "4"]
+    here = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        assert train_teacher.main([*arguments, "--output_dir", str(folder), "--report_to", "none"]) == 0
+    finally:
+        os.chdir(here)
+    return folder
+
+
+def write_image(path: Path, colour, size=(12, 10), seed=0) -> None:
+    """A noisy picture whose mean colour tells its class; size is (width, height)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(-40, 40, (size[1], size[0], 3))
+    Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(path)
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """An ImageFolder data set: train/ and test/ with classes blue, green, red; 12 and 4 PNG images of 12x10 each."""
+    colours = {"red": (200, 60, 60), "green": (60, 200, 60), "blue": (60, 60, 200)}
+    for split, count in (("train", 12), ("test", 4)):
+        for name, colour in colours.items():
+            for i in range(count):
+                write_image(tmp_path / "pictures" / split / name / f"{i:02d}.png", colour, seed=i)
+    return tmp_path / "pictures"
