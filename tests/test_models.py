@@ -1,0 +1,235 @@
+"""Networks: exact sizes, heads, frozen parts, weights from anywhere, and loading a run."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import SHARED, write_image
+from PIL import Image
+from torch import nn
+
+import kd
+from kd import cost, keyed
+from kd.errors import UserError
+from kd.models import View, build_classifier, build_network, freeze, load_classifier, state_hash
+from kd.models.dropout import KeyedDropout
+from kd.models.torchvision_nets import head_name
+
+CLASSES = [f"class {i}" for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "size", "arguments"),
+    [
+        ("deep_nn", 1_186_986, 32, {}),
+        ("deep_nn", 1_186_986, 32, {"dropout": 0.0}),
+        ("light_nn", 267_738, 32, {}),
+        ("light_nn", 267_738, 32, {"dropout": 0.0}),
+        ("deeper_cnn", 13_429_354, 224, {}),
+        ("mnist_teacher", 221_962, 28, {}),
+        ("mnist_student", 15_562, 28, {}),
+    ],
+)
+def test_small_networks_have_the_published_sizes(name, count, size, arguments):
+    network = build_network(name, 10, arguments)
+    assert cost.num_params(network) == count
+    assert network.image_size == size
+    with torch.no_grad():
+        assert network(torch.zeros(2, 3, size, size)).shape == (2, 10)
+    dropouts = [module for module in network.modules() if isinstance(module, nn.Dropout)]
+    assert bool(dropouts) == (name in ("deep_nn", "light_nn") and arguments.get("dropout") != 0.0)
+
+
+def test_deeper_cnn_is_not_cheaper_than_resnet18():
+    costs = {}
+    for name in ("deeper_cnn", "resnet18"):
+        classifier = build_classifier(name, CLASSES, View(resize=256, crop=224))
+        costs[name] = cost.multiply_adds(classifier, (3, 96, 96))
+    assert costs["deeper_cnn"] == 2_137_098_752
+    assert costs["resnet18"] == 1_813_566_464
+
+
+def test_deeper_cnn_second_block_has_the_shape_of_layer1():
+    network = build_network("deeper_cnn", 10)
+    with torch.no_grad():
+        assert network.features[:10](torch.zeros(1, 3, 224, 224)).shape == (1, 64, 56, 56)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet18", 64),
+        ("mobilenet_v3_small", 64),
+        ("squeezenet1_1", 64),
+        ("vgg11", 64),
+        ("googlenet", 64),
+        ("inception_v3", 96),
+        ("densenet121", 64),
+        ("shufflenet_v2_x0_5", 64),
+        ("vit_b_16", 224),
+    ],
+)
+def test_torchvision_classifiers_take_a_new_head_and_a_frozen_backbone(tmp_path, name, size):
+    torch.manual_seed(0)
+    trained = build_network(name, 7)
+    safetensors.torch.save_file(trained.state_dict(), tmp_path / "w.safetensors")
+    view = View(resize=size, crop=size)
+    classifier = build_classifier(name, CLASSES, view, weights=str(tmp_path / "w.safetensors"), freeze_backbone=True)
+    head = head_name(classifier.network)
+    before = {key: value.clone() for key, value in classifier.network.state_dict().items()}
+    trainable = {key for key, value in classifier.network.named_parameters() if value.requires_grad}
+    assert trainable == {f"{head}.weight", f"{head}.bias"}
+    classifier.train()
+    optimizer = torch.optim.SGD([p for p in classifier.parameters() if p.requires_grad], lr=0.1)
+    logits = classifier(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8))
+    assert logits.shape == (2, 10)
+    logits.square().sum().backward()
+    optimizer.step()
+    after = classifier.network.state_dict()
+    changed = {key for key in after if not torch.equal(after[key], before[key])}
+    assert changed
+    assert changed <= trainable
+    for key, value in trained.state_dict().items():
+        assert head in key or torch.equal(before[key], value)
+
+
+def test_frozen_survives_every_train_and_eval():
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4), nn.Dropout(0.5)))
+    parent = nn.ModuleDict({"frozen": freeze(module), "trained": nn.BatchNorm2d(3)})
+    before = state_hash(module)
+    for mode in (True, False, True):
+        parent.train(mode)
+        module.train(mode)
+        module[2][0].train()
+        module(torch.randn(8, 3, 6, 6) * 7 + 3)
+        assert not any(part.training for part in module.modules())
+        assert parent["trained"].training == mode
+    assert state_hash(module) == before
+    copied = copy.deepcopy(parent).train()
+    copied["frozen"](torch.randn(8, 3, 6, 6))
+    assert state_hash(copied["frozen"]) == before
+
+
+def test_state_hash_sees_parameters_and_buffers():
+    module = nn.BatchNorm1d(3)
+    before = state_hash(module)
+    module(torch.randn(4, 3))
+    moved = state_hash(module)
+    assert moved != before
+    module.weight.data[1] += 1e-6
+    assert state_hash(module) != moved
+
+
+def test_weights_keep_a_head_of_the_right_size_only(tmp_path):
+    network = build_network("resnet18", 10)
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    kept = build_classifier("resnet18", CLASSES, View(), weights=str(tmp_path / "w.pth"))
+    assert torch.equal(kept.network.fc.weight, network.fc.weight)
+    new = build_classifier("resnet18", CLASSES[:4], View(), weights=str(tmp_path / "w.pth"))
+    assert new.network.fc.weight.shape == (4, 512)
+    assert torch.equal(new.network.layer4[1].conv2.weight, network.layer4[1].conv2.weight)
+
+
+def test_the_new_head_depends_on_the_seed_only(tmp_path):
+    torch.save(build_network("resnet18", 10).state_dict(), tmp_path / "w.pth")
+    heads = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        heads.append(
+            build_classifier("resnet18", CLASSES[:4], View(), weights=str(tmp_path / "w.pth")).network.fc.weight
+        )
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "harmed"), "w"))
+
+    torch.save({"weight": Harm()}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="cannot be read"):
+        build_classifier("resnet18", CLASSES, View(), weights=str(tmp_path / "w.pth"))
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_your_own_network_by_import_path(tmp_path, monkeypatch):
+    (tmp_path / "my_nets.py").write_text(
+        "from torch import nn\ndef tiny(num_classes, width=2):\n"
+        "    return nn.Sequential(nn.Conv2d(3, width, 3), nn.Flatten(), nn.Linear(width * 36, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    network = build_network("my_nets.tiny", 5, {"width": 4})
+    assert network(torch.zeros(1, 3, 8, 8)).shape == (1, 5)
+    with pytest.raises(UserError, match=r"unknown argument of my_nets.tiny 'wdth' \(did you mean 'width'"):
+        build_network("my_nets.tiny", 5, {"wdth": 4})
+
+
+def test_keyed_dropout_is_a_function_of_the_key():
+    layer = KeyedDropout(0.3, layer=0).train()
+    x = torch.ones(64, 5, 40)
+    layer.keys = keyed.keys(3, torch.arange(64))
+    whole = layer(x)
+    assert torch.equal(layer(x), whole)
+    assert torch.allclose(whole.unique(), torch.tensor([0.0, 1 / 0.7]))
+    assert (whole == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
+    layer.keys = layer.keys[10:20]
+    assert torch.equal(layer(x[10:20]), whole[10:20])  # an image's mask does not depend on its neighbours
+    other = KeyedDropout(0.3, layer=1).train()
+    other.keys = layer.keys
+    assert not torch.equal(other(x[10:20]), whole[10:20])
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_load_gives_the_network_its_classes_and_its_preprocessing(teacher_run, tmp_path):
+    network = kd.load(teacher_run)
+    assert network.classes == [str(digit) for digit in range(10)]
+    assert not network.training
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    with torch.no_grad():
+        predicted = network(torch.from_numpy(images[:200, None])).argmax(1).numpy()
+    assert (predicted == digits.target[:200]).mean() > 0.5
+    files = []
+    for i in range(3):
+        Image.fromarray(images[i]).save(tmp_path / f"{i}.png")
+        files.append(tmp_path / f"{i}.png")
+    results = network.predict(files, top=10)
+    assert [pairs[0][0] for pairs in results] == [str(label) for label in predicted[:3]]
+    assert sum(probability for _, probability in results[0]) == pytest.approx(1, abs=1e-5)
+    write_image(tmp_path / "big.jpg", (200, 10, 10), size=(640, 480))  # any size and colour
+    assert len(network.predict([tmp_path / "big.jpg", Image.new("L", (5, 9))])) == 2
+
+
+def test_loading_needs_no_pickle_and_leaves_the_generator_alone(teacher_run):
+    assert {path.suffix for path in teacher_run.iterdir() if path.is_file() and path.name[0] != "."} == {
+        ".json",
+        ".jsonl",
+        ".yaml",
+        ".safetensors",
+    }
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    load_classifier(teacher_run)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not (SHARED / "torch_home").is_dir(), reason="needs pretrained weights in ../shared/torch_home")
+def test_pretrained_weights_from_torchs_cache(monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(SHARED / "torch_home"))
+    torch.manual_seed(0)
+    one = build_classifier("resnet18", CLASSES, View(), weights="imagenet", freeze_backbone=True)
+    torch.manual_seed(0)
+    other = build_classifier("resnet18", CLASSES, View(), weights="IMAGENET1K_V1")
+    assert state_hash(one.network) == state_hash(other.network)
+    assert build_classifier("squeezenet1_1", CLASSES, View(), weights="imagenet").network(
+        torch.zeros(1, 3, 64, 64)
+    ).shape == (1, 10)

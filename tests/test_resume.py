@@ -1,0 +1,158 @@
+"""Killed at any moment and started again with the same command, a run ends with the bytes of one never interrupted."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import children
+import pytest
+from conftest import SMALL
+
+from kd.checkpoint import checkpoints, load_newest
+
+# 200 digits in batches of 48: 5 steps an epoch, the last one uneven; dropout, flips and crops are all drawn.
+ARGUMENTS = (
+    *SMALL,
+    "--model",
+    "light_nn",
+    "--data.resize",
+    32,
+    "--data.batch_size",
+    48,
+    "--data.flip",
+    "true",
+    "--data.pad_crop",
+    1,
+    "--epochs",
+    3,
+    "--checkpoint_every",
+    2,
+    "--log_every",
+    3,
+    "--report_to",
+    "none",
+)
+TIMES = ("images_per_second", "epoch/images_per_second")
+
+
+def rows(folder: Path) -> list[dict]:
+    """metrics.jsonl without what was measured with a clock."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert (one / "config.json").read_bytes() == (other / "config.json").read_bytes()
+    assert rows(one) == rows(other)
+    assert len(checkpoints(one / "checkpoints")) == 2
+    assert not list((one / "checkpoints").glob(".tmp*"))
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
+    assert summaries[0].keys() == summaries[1].keys()
+    for key in ("test_accuracy", "val_accuracy", "best", "last", "steps"):
+        assert summaries[0][key] == summaries[1][key]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert children.run("train_teacher", (*ARGUMENTS, "--output_dir", folder)) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [
+        [("kd.fit.Meter.add", 1)],  # before the first checkpoint
+        [("kd.fit.Meter.add", 4), ("kd.fit.Meter.add", 3), ("kd.fit.Meter.add", 6)],  # three times
+        [("kd.checkpoint._write", 2), ("kd.checkpoint._write", 5)],  # inside a checkpoint's files
+        [("kd.checkpoint.os.rename", 3)],  # the checkpoint is whole but not renamed
+        [("kd.checkpoint.shutil.rmtree", 4)],  # while an old one is deleted
+        [("kd.runs.write_atomic", 3), ("kd.runs.write_atomic", 2)],  # between the results' files
+    ],
+    ids=lambda moments: "+".join(f"{name.rpartition('.')[2]}{n}" for name, n in moments),
+)
+def test_killed_and_resumed(uninterrupted, tmp_path, moments):
+    command = (*ARGUMENTS, "--output_dir", tmp_path / "run")
+    for moment in moments:
+        assert children.run("train_teacher", command, sabotage=moment) == -9
+        assert not (tmp_path / "run" / "summary.json").exists()
+    assert children.run("train_teacher", command) == 0
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_stopped_by_a_signal_saves_where_it_is(uninterrupted, tmp_path, name):
+    command = (*ARGUMENTS, "--output_dir", tmp_path / "run", "--checkpoint_every", 1000)
+    status = children.run("train_teacher", command, sabotage=(f"kd.fit.Meter.add:{name}", 7))
+    assert status == 128 + {"SIGTERM": 15, "SIGINT": 2, "SIGUSR1": 10}[name]
+    progress, _ = load_newest(tmp_path / "run" / "checkpoints")
+    assert progress.step == 7
+    assert children.run("train_teacher", command) == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
+    assert rows(tmp_path / "run") == rows(uninterrupted)
+
+
+def test_distillation_is_resumed_too(teacher_run, tmp_path):
+    command = (
+        "--config",
+        "recipes/digits/kd.yaml",
+        "--data.num_train",
+        200,
+        "--epochs",
+        2,
+        "--checkpoint_every",
+        1,
+        "--select",
+        "best",
+        "--teacher",
+        teacher_run,
+        "--report_to",
+        "none",
+        "--output_dir",
+    )
+    assert children.run("distill", (*command, tmp_path / "whole")) == 0
+    assert children.run("distill", (*command, tmp_path / "cut"), sabotage=("kd.fit.Meter.add", 6)) == -9
+    assert children.run("distill", (*command, tmp_path / "cut")) == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "state"])
+def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, call, damage):
+    command = (*ARGUMENTS, "--output_dir", tmp_path / "run")
+    assert children.run("train_teacher", command, sabotage=("kd.fit.Meter.add", 7)) == -9
+    newest = checkpoints(tmp_path / "run" / "checkpoints")[0]
+    assert newest.name == "step_00000006"
+    if damage == "missing":
+        (newest / "optimizer.safetensors").unlink()
+    elif damage == "state":
+        text = (newest / "state.json").read_text()
+        (newest / "state.json").write_text(text.replace('"step": 6', '"step": 5'))
+    else:
+        file = newest / "distiller.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 4
+        file.write_bytes(content if damage == "flip" else content[:-100])
+    result = call("train_teacher", *command)
+    assert result.status == 0
+    assert "step_00000006 is damaged" in result.out
+    assert "going on after step 4" in result.out
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(uninterrupted, tmp_path):
+    draw = random.Random(0)
+    places = ["kd.fit.Meter.add", "kd.checkpoint._write", "kd.checkpoint.sync_folder", "kd.runs.os.replace"]
+    for attempt in range(10):
+        command = (*ARGUMENTS, "--output_dir", tmp_path / str(attempt))
+        for _ in range(30):
+            status = children.run("train_teacher", command, sabotage=(draw.choice(places), draw.randint(1, 12)))
+            if status == 0:
+                break
+            assert status == -9
+        assert_same_run(tmp_path / str(attempt), uninterrupted)
