@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import itertools
 import math
 import os
 import re
@@ -283,9 +284,9 @@ def parse(config_class, argv: list[str] | None, positional: str | None = None):
     else:
         parser.add_argument("--config", action="config", help="YAML recipe; flags win over it")
     parser.add_class_arguments(config_class, nested_key=None)
-    if config_class in DEFAULT_LOSSES:
+    argv = _replace_losses(sys.argv[1:] if argv is None else list(argv))
+    if config_class in DEFAULT_LOSSES and not _gives_losses(argv):
         parser.set_defaults({"losses": DEFAULT_LOSSES[config_class]})
-    argv = sys.argv[1:] if argv is None else list(argv)
     try:
         namespace = parser.parse_args(argv)
         values = parser.instantiate(namespace)
@@ -297,7 +298,26 @@ def parse(config_class, argv: list[str] | None, positional: str | None = None):
         setattr(config, positional, values[positional])
     resolved = yaml.safe_load(parser.dump(namespace, skip_unset=False))
     config.resolved = {name: value for name, value in resolved.items() if name in chosen}
+    if "overwrite" in chosen:
+        config.resolved["overwrite"] = False  # or a run started again from its own config.yaml would delete itself
     return config
+
+
+def _replace_losses(argv: list[str]) -> list[str]:
+    """Put `--losses=[]` before a whole list of losses.
+
+    jsonargparse keeps the arguments of a list's items where the new list has the same length and classes: a recipe's
+    weight would stay in a list that does not mention it.
+    """
+    return [part for word in argv for part in (["--losses=[]", word] if word.split("=")[0] == "--losses" else [word])]
+
+
+def _gives_losses(argv: list[str]) -> bool:
+    """Whether a flag or a recipe gives a whole list of losses."""
+    files = [b for a, b in itertools.pairwise(argv) if a == "--config"]
+    files += [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
+    recipes = [read_yaml(Path(file)) for file in files if Path(file).is_file()]
+    return "--losses=[]" in argv or any(isinstance(recipe, dict) and "losses" in recipe for recipe in recipes)
 
 
 def _explain(parser: ArgumentParser, message: str) -> str:

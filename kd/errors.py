@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -33,17 +34,30 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+class _Stopped(BaseException):
+    """SIGTERM or SIGUSR1 outside the training loop, which handles them itself."""
+
+
+def _stop(number: int, _frame) -> None:
+    raise _Stopped(number)
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and turn what a user can cause into one line on stderr and an exit status.
 
-    The status is `main`'s own (None is 0), 2 for a UserError, 1 for a full or broken disk, 130 for Ctrl-C.
+    The status is `main`'s own (None is 0), 2 for a UserError, 1 for a full or broken disk, 128 + the signal's number
+    when a signal ended it (130 for Ctrl-C).
     """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop)
     try:
         status = main() or 0
     except UserError as error:
         status = _fail(str(error), 2)
-    except KeyboardInterrupt:
-        status = _fail("interrupted; the same command goes on from the last checkpoint", 130)
+    except (KeyboardInterrupt, _Stopped) as stopped:
+        number = stopped.args[0] if isinstance(stopped, _Stopped) else signal.SIGINT
+        name = signal.Signals(number).name
+        status = _fail(f"stopped by {name}; the same command goes on from the last checkpoint", 128 + number)
     except BrokenPipeError:  # `python evaluate.py ... | head` is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0

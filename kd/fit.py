@@ -24,13 +24,7 @@ from kd.track import Tracker
 
 
 def fit(
-    distiller: Distiller,
-    teacher: Teacher | None,
-    data: Data,
-    config,
-    accelerator: Accelerator,
-    run: Run,
-    tracker_class=Tracker,
+    distiller: Distiller, teacher: Teacher | None, data: Data, config, accelerator: Accelerator, run: Run
 ) -> Fitted:
     """Train until the last step, going on from the run's newest checkpoint.
 
@@ -63,7 +57,7 @@ def fit(
     per_epoch = batches.steps_per_epoch
     total = config.epochs * per_epoch if config.max_steps is None else min(config.epochs * per_epoch, config.max_steps)
     progress, best = _resume(distiller, optimizer, accelerator, run)
-    tracker = tracker_class(accelerator, run, config, progress.metrics_bytes)
+    tracker = Tracker(accelerator, run, config, progress.metrics_bytes)
     meter = Meter(list(distiller.losses), device, progress.sums, accelerator.is_main_process)
     folder, saved_step = run.folder / "checkpoints", progress.step if progress.step else None
     started = time.perf_counter() - progress.seconds

@@ -6,6 +6,7 @@ import json
 import logging
 import netrc
 import os
+import secrets
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -58,13 +59,11 @@ class Tracker:
     def _start_wandb(self, run: Run, config) -> None:
         """The same W&B run after a restart; offline rather than a prompt or a stop."""
         logging.getLogger("wandb").setLevel(logging.ERROR)
-        from wandb.util import generate_id
-
         note = run.folder / "tracker.json"
         if note.is_file():
             identity = json.loads(note.read_text())["wandb_id"]
         else:
-            identity = generate_id()
+            identity = secrets.token_hex(4)
             write_atomic(note, json.dumps({"wandb_id": identity}).encode())
         mode = os.environ.get("WANDB_MODE", "online" if _has_key() else "offline")
         folder = run.folder.resolve()

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 class UnreadableImage(Exception):
@@ -31,10 +31,12 @@ def open_image(image) -> Image.Image:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             opened.load()
             return ImageOps.exif_transpose(opened)
+    except FileNotFoundError:
+        raise
+    except UnidentifiedImageError:  # its message holds the path or a buffer's address
+        raise UnreadableImage("not an image") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise UnreadableImage(str(error).replace(str(image), "").strip() or "not an image") from None
+        raise UnreadableImage(str(error) or type(error).__name__) from None
 
 
 def read_image(image, channels: int, size: tuple[int, int] | None = None, fit: bool = True) -> np.ndarray:
@@ -49,7 +51,10 @@ def read_image(image, channels: int, size: tuple[int, int] | None = None, fit: b
         UnreadableImage: it cannot be decoded.
         OtherSize: it is not `size` and `fit` is False.
     """
-    picture = open_image(image).convert("RGB" if channels == 3 else "L")
+    picture = open_image(image)
+    if picture.mode.startswith("I"):  # 16 bits: convert() would clip them to 8 instead of scaling
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+    picture = picture.convert("RGB" if channels == 3 else "L")
     if size is not None and picture.size != (size[1], size[0]):
         if not fit:
             raise OtherSize(f"{picture.size[0]}x{picture.size[1]}")

@@ -188,8 +188,10 @@ def _open_dataset(dataset: dict, source: str, image_column: str | None, label_co
         encoded = part.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
 
         def read(i, encoded=encoded):
-            value = encoded[i][image_column]
-            return value["bytes"] if value["bytes"] is not None else Path(value["path"])
+            value = encoded[i][image_column] or {}
+            if value.get("bytes") is None and value.get("path"):
+                return Path(value["path"])
+            return value.get("bytes") or b""  # a missing image is an unreadable one
 
         labels = np.asarray(part.with_format("numpy")[label_column], dtype=np.int64)
         splits[name] = RawSplit(read, labels, lambda i, name=name: f"{source} {name} row {i}")

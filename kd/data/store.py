@@ -6,6 +6,7 @@ a lock: one process builds, the others wait; when the builder dies the next one 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -53,9 +54,9 @@ def open_stores(
     native, fitted = root / key, root / f"{key}-fit{resize}"
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{key}.lock"):
-        for folder in (fitted, native):
-            if (folder / "meta.json").is_file():
-                return _read(folder)
+        found = _read(fitted) or _read(native, resize)
+        if found is not None:
+            return found
         classes, splits = source.open()
         try:
             _build(native, classes, splits, channels, None, resize, skip_unreadable)
@@ -70,16 +71,26 @@ def open_stores(
         return _read(fitted)
 
 
-def _read(folder: Path) -> tuple[list[str], dict[str, Store]]:
-    meta = json.loads((folder / "meta.json").read_text())
+def _read(folder: Path, resize: int | None = None) -> tuple[list[str], dict[str, Store]] | None:
+    """A store; None if it is not there, is damaged, or holds images that are much larger than `resize` asks for."""
+    stores = {}
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        for split in meta["splits"]:
+            images = np.load(folder / f"{split}-images.npy", mmap_mode="r")
+            stores[split] = Store(images, np.load(folder / f"{split}-labels.npy"))
+    except (OSError, ValueError, EOFError):
+        return None
+    if any(_much_larger(store.images.shape[2:], resize) for store in stores.values()):
+        return None
     for split, skipped in meta["skipped"].items():
         if skipped:
             say(f"data: {len(skipped)} unreadable images of {split} are left out: {', '.join(skipped[:3])}")
-    stores = {}
-    for split in meta["splits"]:
-        images = np.load(folder / f"{split}-images.npy", mmap_mode="r")
-        stores[split] = Store(images, np.load(folder / f"{split}-labels.npy"))
     return meta["classes"], stores
+
+
+def _much_larger(size: tuple[int, int], resize: int | None) -> bool:
+    return resize is not None and min(size) > 2 * resize
 
 
 def _build(folder, classes, splits: dict[str, RawSplit], channels, size, resize, skip_unreadable) -> None:
@@ -88,40 +99,70 @@ def _build(folder, classes, splits: dict[str, RawSplit], channels, size, resize,
         shutil.rmtree(left, ignore_errors=True)
     aside.mkdir()
     try:
-        skipped = {}
+        skipped, fit = {}, size is not None
         for name, split in splits.items():
-            skipped[name] = _decode(aside, name, split, channels, size, resize, skip_unreadable)
+            # all splits must have one size, that of the first split's first image unless it is given
+            size = size or _size_of_first(name, split, channels, resize)
+            skipped[name] = _decode(aside, name, split, channels, size, fit, skip_unreadable)
         meta = {"classes": classes, "splits": list(splits), "skipped": skipped}
         (aside / "meta.json").write_text(json.dumps(meta))
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no space for the decoded images in {folder.parent}; free some, or set data.cache_dir to another disk"
+        ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _decode(aside: Path, name: str, split: RawSplit, channels, size, resize, skip_unreadable) -> list[str]:
+def _read_one(split: RawSplit, i: int, channels: int, size=None, fit: bool = True) -> np.ndarray | Exception:
+    """The pixels of one image, or why it cannot be read."""
+    try:
+        return read_image(split.images(i) if callable(split.images) else split.images[i], channels, size, fit=fit)
+    except UnreadableImage as error:
+        return error
+    except FileNotFoundError:  # a Parquet row may name a file instead of holding it
+        return UnreadableImage("no such file")
+
+
+def _size_of_first(name: str, split: RawSplit, channels: int, resize: int | None) -> tuple[int, int]:
+    """(H, W) of the first image that can be read."""
+    for i in range(len(split.labels)):
+        pixels = _read_one(split, i, channels)
+        if not isinstance(pixels, Exception):
+            height, width = pixels.shape[1:]
+            if _much_larger((height, width), resize):
+                raise OtherSize(f"images of {width}x{height} are much larger than data.resize {resize}")
+            return height, width
+    raise UserError(f"data: no image of the {name} split can be read")
+
+
+def _reserve(path: Path) -> None:
+    """Take the file's space now: on a full disk a memory map would end the process without a word.
+
+    Raises:
+        OSError: there is no space left.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def _decode(aside: Path, name: str, split: RawSplit, channels, size, fit: bool, skip_unreadable) -> list[str]:
     """Decode a split into `aside`; returns the names of the images left out."""
     count = len(split.labels)
-    item = split.images if callable(split.images) else split.images.__getitem__
     if count == 0:
         raise UserError(f"data: the {name} split holds no images")
 
     def read(i: int):
-        try:
-            return read_image(item(i), channels, size, fit=fit)
-        except UnreadableImage as error:
-            return error
+        return _read_one(split, i, channels, size, fit)
 
-    fit = True
-    if size is None:
-        fit = False
-        first = next((pixels for pixels in map(read, range(count)) if not isinstance(pixels, Exception)), None)
-        if first is None:
-            raise UserError(f"data: no image of the {name} split can be read")
-        size = first.shape[1:]
-        if resize is not None and min(size) > 2 * resize:
-            raise OtherSize(f"images of {size[1]}x{size[0]} are much larger than data.resize {resize}")
     images = np.lib.format.open_memmap(aside / f"{name}-images.npy", "w+", np.uint8, (count, channels, *size))
+    _reserve(aside / f"{name}-images.npy")
+    _reserve(aside / f"{name}-images.npy")
     bad: list[tuple[int, str]] = []
     kept = 0
     quiet = None if is_main_process() else True
@@ -155,3 +196,10 @@ def _decode(aside: Path, name: str, split: RawSplit, channels, size, resize, ski
         np.save(aside / f"{name}-images.npy", whole)
     np.save(aside / f"{name}-labels.npy", labels)
     return [split.name(i) for i, _ in bad]
+
+
+def _reserve(file: Path) -> None:
+    """Take the disk space of a sparse file now: a memory map that meets a full disk kills the process by SIGBUS."""
+    if hasattr(os, "posix_fallocate"):
+        with open(file, "r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)

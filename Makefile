@@ -1,0 +1,40 @@
+# `make demo` runs the main job on scikit-learn's digits, `make test` the tests; both make the environment first.
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml
+RUNS := runs/digits
+
+# Without byte code each start of Python compiles torch anew, which takes longer than the demo.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test quick lint clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "error: $(PYTHON) is older than Python 3.10; run make PYTHON=python3.12 or another newer one" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements.txt
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(LAUNCH) train_teacher.py --config recipes/digits/teacher.yaml
+	$(LAUNCH) train_teacher.py --config recipes/digits/student.yaml
+	$(LAUNCH) distill.py --config recipes/digits/kd.yaml --teacher $(RUNS)/teacher
+	$(BIN)/python evaluate.py $(RUNS)/teacher $(RUNS)/student $(RUNS)/kd --report $(RUNS)/report
+	@echo "the picture is $(RUNS)/report/accuracy_vs_cost.png"
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(RUNS)

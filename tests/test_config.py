@@ -1,0 +1,105 @@
+"""Recipes and flags: what wins, what the run folder keeps, your own loss without a fork."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from conftest import SMALL
+
+from kd.config import DistillConfig, TeacherConfig, differing_fields, parse
+
+
+def losses(config) -> list[tuple]:
+    return [(type(loss).__name__, loss.weight, getattr(loss, "temperature", None)) for loss in config.losses]
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_defaults():
+    config = parse(TeacherConfig, ["--config", "recipes/digits/teacher.yaml", "--data.batch_size", "32", "--seed=7"])
+    assert (config.data.batch_size, config.seed) == (32, 7)
+    assert (config.data.resize, config.epochs) == (28, 20)
+    assert config.data.val_fraction == 0.1
+    assert config.data.mean == [0.5, 0.5, 0.5]
+
+
+def test_default_losses_are_replaced_whole(tmp_path):
+    teacher = ["--teacher", "t"]
+    assert losses(parse(DistillConfig, teacher)) == [("KL", 0.9, 4.0), ("CrossEntropy", 0.1, None)]
+    (tmp_path / "r.yaml").write_text("losses:\n- class_path: KL\n- class_path: CrossEntropy\n")
+    own = parse(DistillConfig, [*teacher, "--config", str(tmp_path / "r.yaml")])
+    assert losses(own) == [("KL", 1.0, 4.0), ("CrossEntropy", 1.0, None)]
+
+
+def test_a_list_of_losses_on_the_command_line_takes_nothing_from_the_recipe():
+    recipe = ["--config", "recipes/stl10/kd.yaml"]
+    assert losses(parse(DistillConfig, recipe)) == [("KL", 0.7, 2.0), ("CrossEntropy", 0.3, None)]
+    for flag in (["--losses", "[KL, CrossEntropy]"], ["--losses=[KL, CrossEntropy]"]):
+        assert losses(parse(DistillConfig, [*recipe, *flag])) == [("KL", 1.0, 4.0), ("CrossEntropy", 1.0, None)]
+    added = parse(DistillConfig, [*recipe, "--losses+=KL", "--losses.temperature=9"])
+    assert losses(added) == [("KL", 0.7, 2.0), ("CrossEntropy", 0.3, None), ("KL", 1.0, 9.0)]
+
+
+def test_several_teachers():
+    assert parse(DistillConfig, ["--teacher", "a"]).teacher == "a"
+    assert parse(DistillConfig, ["--teacher", "[a, b]"]).teacher == ["a", "b"]
+
+
+def test_the_resolved_config_is_written_and_runs_again(call, tmp_path):
+    folder = tmp_path / "run"
+    assert call("train_teacher", *SMALL, "--epochs", 1, "--output_dir", folder, "--overwrite", "true").status == 0
+    written = yaml.safe_load((folder / "config.yaml").read_text())
+    assert written["data"]["num_train"] == 200
+    assert written["losses"] == [
+        {"class_path": "kd.losses.CrossEntropy", "init_args": {"label_smoothing": 0.0, "weight": 1.0}}
+    ]
+    result = call("train_teacher", "--config", folder / "config.yaml")
+    assert result.status == 0
+    assert "finished already" in result.out
+
+
+def test_differing_fields_are_named_and_free_ones_are_not():
+    old = {"seed": 0, "data": {"source": "digits", "cache_dir": None}, "report_to": "none", "checkpoint_every": 2}
+    new = {"seed": 1, "data": {"source": "mnist", "cache_dir": "x"}, "report_to": "wandb", "checkpoint_every": 9}
+    assert differing_fields(old, old) == []
+    assert differing_fields(old, new) == ["data.source ('digits' there, 'mnist' here)", "seed (0 there, 1 here)"]
+
+
+def test_your_own_loss_by_import_path(call, tmp_path, monkeypatch, teacher_run):
+    (tmp_path / "my_losses.py").write_text(
+        "import torch.nn.functional as F\n"
+        "from kd.losses import Loss\n\n\n"
+        "class LogitsDistance(Loss):\n"
+        '    """Mean of |student - teacher| ** power."""\n\n'
+        "    def __init__(self, power: float = 2.0, weight: float = 1.0):\n"
+        "        super().__init__(weight)\n"
+        "        self.power = power\n\n"
+        "    def forward(self, student, teacher, batch):\n"
+        "        return (student.logits - teacher.logits).abs().pow(self.power).mean()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    command = ["--config", "recipes/digits/kd.yaml", "--data.num_train", 200, "--epochs", 1, "--teacher", teacher_run]
+    own = "[{class_path: my_losses.LogitsDistance, init_args: {power: 1.5, weight: 0.5}}, CrossEntropy]"
+    result = call("distill", *command, "--losses", own, "--output_dir", tmp_path / "run")
+    assert result.status == 0, result.err
+    assert "0.5 * LogitsDistance(power=1.5) + 1 * CrossEntropy" in result.out
+
+
+@pytest.mark.parametrize("teacher_mean", ["logits", "probabilities"])
+def test_a_mean_of_teachers(teacher_run, tmp_path, teacher_mean):
+    import torch
+
+    from kd.models import load_classifier
+    from kd.teachers import load_teacher
+
+    classes = [str(digit) for digit in range(10)]
+    single = load_classifier(teacher_run)
+    images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    both = load_teacher([str(teacher_run)] * 2, classes, teacher_mean, torch.device("cpu"))
+    both.members[1].network.classifier[-1].bias.data += torch.linspace(-2, 2, 10)
+    one, other = (member(images) for member in both.members)
+    assert not torch.allclose(one, other)
+    assert torch.equal(one, single(images))
+    logits = both(images).logits
+    if teacher_mean == "logits":
+        assert torch.allclose(logits, (one + other) / 2)
+    else:
+        assert torch.allclose(logits.softmax(1), (one.softmax(1) + other.softmax(1)) / 2, atol=1e-6)
