@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
             data = load_data(config.data)
         teacher = load_teacher(config.teacher, data.classes, config.teacher_mean, accelerator.device)
         student = build_trained(config.student, data, config)
-        distiller = Distiller(student, config.losses)
+        distiller = Distiller(student, config.losses, teacher, data.image_shape, config.seed)
         announce(distiller, data, config, accelerator)
         fitted = fit(distiller, teacher, data, config, accelerator, run)
         return conclude(fitted, data, config, accelerator, run)

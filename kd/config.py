@@ -278,7 +278,7 @@ def parse(config_class, argv: list[str] | None, positional: str | None = None):
     """
     if os.getcwd() not in sys.path:  # so that my_losses.MyLoss is found beside the recipe's command
         sys.path.append(os.getcwd())
-    parser = _Parser(description=config_class.__doc__)
+    parser = _Parser(description=config_class.__doc__, allow_abbrev=False)
     if positional:
         parser.add_argument(positional, nargs="+", type=str, help="run folders")
     else:
@@ -317,7 +317,7 @@ def _gives_losses(argv: list[str]) -> bool:
     files = [b for a, b in itertools.pairwise(argv) if a == "--config"]
     files += [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
     recipes = [read_yaml(Path(file)) for file in files if Path(file).is_file()]
-    return "--losses=[]" in argv or any(isinstance(recipe, dict) and "losses" in recipe for recipe in recipes)
+    return "--losses=[]" in argv or any("losses" in recipe for recipe in recipes)
 
 
 def _explain(parser: ArgumentParser, message: str) -> str:
@@ -344,6 +344,13 @@ def _explain(parser: ArgumentParser, message: str) -> str:
     if message.startswith('Parser key "losses"') and "dot import path" in message:
         bad = message.rpartition(":")[2].strip()
         return str(unknown("loss", bad, LOSSES, "or the import path of your own, as my_package.MyLoss"))
+    several = re.fullmatch(
+        r'Parser key "([\w.]+)": Does not .* Subtypes: \[(.*?)\] Errors.* Given value: (.*)', message
+    )
+    if several:
+        name, kinds, value = several.groups()
+        kinds = " or ".join(kind.replace("NoneType", "null") for kind in re.findall(r"<class '(\w+)'>", kinds)) or kinds
+        return f"{name}: {value!r} is of the wrong type; it takes {kinds}"
     wrong = re.fullmatch(r'Parser key "([\w.]+)": Expected a (.+)\. Got value: (.*)', message)
     if wrong:
         name, kind, value = wrong.groups()
@@ -379,12 +386,15 @@ def differing_fields(old: dict, new: dict) -> list[str]:
 
 
 def read_yaml(path: Path) -> dict:
-    """A YAML file's content.
+    """A YAML file's fields.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or holds something else.
     """
     try:
-        return yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged or no config: it holds no fields but {str(content)[:60]!r}")
+    return content

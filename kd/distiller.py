@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from kd import keyed
 from kd.errors import UserError
 from kd.losses import Loss
 from kd.outputs import Batch, Outputs
@@ -19,12 +20,22 @@ class Distiller(nn.Module):
     Args:
         student: maps (images, keys) to `Outputs`; a `kd.models.Classifier`.
         losses: the terms; two of one class are told apart by a number.
+        teacher: a `kd.teachers.Teacher`, which is tapped for the features that the losses need; not kept.
+        image_shape: (C, H, W) of the stored images, from which the features' shapes are found.
+        seed: of the first weights of what the losses learn.
 
     Raises:
-        UserError: there is no loss.
+        UserError: there is no loss, a tap does not exist, or the features' shapes do not suit a loss.
     """
 
-    def __init__(self, student: nn.Module, losses: Sequence[Loss]):
+    def __init__(
+        self,
+        student: nn.Module,
+        losses: Sequence[Loss],
+        teacher: nn.Module | None = None,
+        image_shape: tuple[int, int, int] | None = None,
+        seed: int = 0,
+    ):
         super().__init__()
         if not losses:
             raise UserError("no loss is given; add one to losses, for example CrossEntropy")
@@ -34,6 +45,23 @@ class Distiller(nn.Module):
             name = type(loss).__name__
             count = sum(other == name or other.startswith(name + "_") for other in self.losses)
             self.losses[f"{name}_{count + 1}" if count else name] = loss
+        self._connect(teacher, image_shape, seed)
+
+    def _connect(self, teacher: nn.Module | None, image_shape: tuple[int, int, int] | None, seed: int) -> None:
+        """Tap both networks for the losses, and let the losses build what they learn."""
+        shapes = []
+        for network, side in ((self.student, "student_taps"), (teacher, "teacher_taps")):
+            names = sorted({name for loss in self.losses.values() for name in getattr(loss, side)})
+            shapes.append({})
+            if names and network is not None:
+                network.tap(names)
+                shapes[-1] = _feature_shapes(network, image_shape)
+        torch.manual_seed(keyed.key(seed, 1) & (2**63 - 1))
+        for loss in self.losses.values():
+            try:
+                loss.setup(*shapes)
+            except ValueError as error:
+                raise UserError(str(error)) from None
 
     @property
     def needs_teacher(self) -> list[str]:
@@ -50,6 +78,16 @@ class Distiller(nn.Module):
     def objective(self) -> str:
         """The objective in words: every term with its weight and hyperparameters."""
         return " + ".join(f"{loss.weight:g} * {name}{_arguments(loss)}" for name, loss in self.losses.items())
+
+
+@torch.no_grad()
+def _feature_shapes(network: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, tuple]:
+    """Shapes of the tapped features for one blank image, without the batch axis."""
+    was_training = network.training
+    device = next(network.parameters()).device
+    features = network.eval().outputs(torch.zeros(1, *image_shape, dtype=torch.uint8, device=device)).features
+    network.train(was_training)
+    return {name: tuple(feature.shape[1:]) for name, feature in features.items()}
 
 
 def _float(outputs: Outputs) -> Outputs:

@@ -34,6 +34,21 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+# What a disk or a path can do to any write, wherever it happens.
+_DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+)
+
+
 class _Stopped(BaseException):
     """SIGTERM or SIGUSR1 outside the training loop, which handles them itself."""
 
@@ -62,7 +77,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in _DISK_ERRORS:
             raise
         place = f": {error.filename}" if error.filename else ""
         status = _fail(f"{os.strerror(error.errno).lower()}{place}; free or change it and run the same command", 1)

@@ -53,6 +53,8 @@ class Evaluator:
         folder = Path(run)
         classifier = load_classifier(folder, self.accelerator.device)
         summary, resolved = read_summary(folder), read_yaml(folder / "config.yaml")
+        if not isinstance(resolved.get("data"), dict) or not {"seed", "seconds"} <= summary.keys():
+            raise UserError(f"run {run!r} is damaged: config.yaml or summary.json lacks fields; train it again")
         key, data = self._open(resolved["data"])
         _match(classifier, data, run)
         split = getattr(data, self.config.split)
@@ -90,7 +92,10 @@ class Evaluator:
 
     def _open(self, settings: dict) -> tuple[str, Data]:
         settings = {name: value for name, value in settings.items() if name in _DATA_FIELDS}
-        settings.update(source=self.config.source or settings["source"])
+        if self.config.source:  # the run's subset and validation are not those of other images
+            settings.update(source=self.config.source, num_train=None)
+            if self.config.split == "test":
+                settings.update(val_fraction=0.0)
         if self.config.cache_dir:
             settings["cache_dir"] = self.config.cache_dir
         key = json.dumps(settings, sort_keys=True)

@@ -16,7 +16,6 @@ from kd.config import OptimizerConfig
 from kd.data import DROPOUT, Data, Split, TrainBatches
 from kd.distiller import Distiller
 from kd.errors import UserError, say
-from kd.outputs import Outputs
 from kd.parallel import StopSignal, gather_rows
 from kd.runs import Run
 from kd.teachers import Teacher
@@ -43,6 +42,8 @@ def fit(
         UserError: the loss is not finite.
     """
     student, device = distiller.student, accelerator.device
+    run.begin()
+    accelerator.wait_for_everyone()
     optimizer = make_optimizer(config.optimizer, distiller, device)
     model, optimizer = accelerator.prepare(distiller, optimizer)
     batches = TrainBatches(
@@ -71,6 +72,8 @@ def fit(
 
     def save() -> int:
         meter.check(accelerator, config.optimizer.lr, saved_step)  # what is not finite must never be kept
+        if not all(tensor.isfinite().all() for tensor in distiller.state_dict().values()):
+            raise _not_finite("the weights are", progress.step, config.optimizer.lr, saved_step)
         progress.sums, progress.metrics_bytes = meter.state(accelerator), tracker.num_bytes
         progress.seconds = time.perf_counter() - started
         progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
@@ -90,7 +93,7 @@ def fit(
             teacher_outputs = None
             if teacher is not None:
                 with accelerator.autocast():
-                    teacher_outputs = teacher(batch.images)
+                    teacher_outputs = teacher.outputs(batch.images)
             terms = model(batch, teacher_outputs)
             # `share` weighs this process's mean so that the processes' mean is the mean over the global batch
             accelerator.backward(sum(terms.values()) * share)
@@ -199,11 +202,7 @@ class Meter:
         """Raise a UserError, on all processes, if any step since the start was not finite on any of them."""
         bad = [step for step in accelerator.gather(self._bad[None]).tolist() if step >= 0]
         if bad:
-            kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "there is no checkpoint yet"
-            raise UserError(
-                f"the loss is not finite at step {min(bad)}; lower --optimizer.lr (it is {lr:g}) or set "
-                f"--optimizer.clip_norm; {kept}"
-            )
+            raise _not_finite("the loss is", min(bad), lr, saved_step)
 
     def state(self, accelerator) -> dict:
         """The open sums over all processes, for the checkpoint."""
@@ -232,6 +231,13 @@ class Meter:
         self._epoch, self._epoch_images = {}, 0.0
         self._epoch_start = self._interval_start = now
         return row
+
+
+def _not_finite(what: str, step: int, lr: float, saved_step: int | None) -> UserError:
+    kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "there is no checkpoint yet"
+    return UserError(
+        f"{what} not finite at step {step}; lower --optimizer.lr (it is {lr:g}) or set --optimizer.clip_norm; {kept}"
+    )
 
 
 def make_optimizer(config: OptimizerConfig, distiller: nn.Module, device: torch.device) -> torch.optim.Optimizer:
@@ -276,8 +282,7 @@ def predict(network: nn.Module, split: Split, batch_size: int, accelerator: Acce
     logits = []
     for start in range(cuts[rank], cuts[rank + 1], size):
         where = torch.arange(start, min(start + size, cuts[rank + 1])).numpy()
-        outputs = network(split.read(where, device)[0])
-        logits.append((outputs.logits if isinstance(outputs, Outputs) else outputs).float())
+        logits.append(network(split.read(where, device)[0]).float())
     mine = torch.cat(logits) if logits else torch.zeros(0, len(network.classes), device=device)
     counts = [cuts[i + 1] - cuts[i] for i in range(world)]
     return gather_rows(mine, counts).cpu(), torch.from_numpy(split.labels)

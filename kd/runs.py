@@ -63,54 +63,67 @@ class Run:
     """
 
     def __init__(self, folder: str, config: dict, overwrite: bool, is_main: bool):
-        self.folder, self.config, self.is_main = Path(folder), config, is_main
+        self.folder, self.config, self.overwrite, self.is_main = Path(folder), config, overwrite, is_main
         self._lock = None
         if is_main:
-            self._open(overwrite)
+            self._take()
+            try:
+                self._check()
+            except BaseException:
+                self.__exit__()
+                raise
 
-    def _open(self, overwrite: bool) -> None:
+    def _take(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"output_dir {str(self.folder)!r} is a file; name a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / ".lock", timeout=0)
         owner = self.folder / ".owner"
+        lock = FileLock(self.folder / ".lock", timeout=0)
         try:
-            self._lock.acquire()
+            lock.acquire()
         except Timeout:
             who = owner.read_text().strip() if owner.is_file() else "another process"
             raise UserError(
                 f"output_dir {str(self.folder)!r} is in use by {who}; wait for it, or name another output_dir"
             ) from None
+        self._lock = lock
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-        foreign = [p.name for p in self.folder.iterdir() if p.name not in (*FILES, "checkpoints") and p.name[0] != "."]
+
+    def _check(self) -> None:
+        """Refuse a folder that holds anything but this run; changes nothing."""
         saved = self.folder / "config.yaml"
-        if overwrite:
-            self._clear()
-        elif not saved.is_file() and foreign:
-            raise UserError(
-                f"output_dir {str(self.folder)!r} holds files but no run ({', '.join(sorted(foreign)[:3])}); "
-                f"name a new folder"
-            )
-        elif saved.is_file():
-            differing = differing_fields(read_yaml(saved) or {}, self.config)
+        if not saved.is_file():
+            foreign = sorted(path.name for path in self.folder.iterdir() if path.name[0] != ".")
+            if foreign:
+                raise UserError(
+                    f"output_dir {str(self.folder)!r} holds files but no run ({', '.join(foreign[:3])}); "
+                    f"name a new folder"
+                )
+        elif not self.overwrite:
+            differing = differing_fields(read_yaml(saved), self.config)
             if differing:
                 raise UserError(
                     f"output_dir {str(self.folder)!r} holds a run of another config; it differs in "
                     f"{'; '.join(differing)}; name another output_dir, or pass --overwrite true to delete it"
                 )
-        if not saved.is_file():
-            write_atomic(saved, yaml.safe_dump(self.config, sort_keys=False).encode())
 
-    def _clear(self) -> None:
-        for name in FILES:
-            (self.folder / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "wandb", "tensorboard"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+    def begin(self) -> None:
+        """Delete an earlier run if asked to, and write the config: called when nothing is left that a user could have
+        got wrong, so that a mistake neither deletes a run nor takes a folder."""
+        if not self.is_main:
+            return
+        if self.overwrite:
+            for name in FILES[1:]:
+                (self.folder / name).unlink(missing_ok=True)
+            for name in ("checkpoints", "wandb", "tensorboard"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+        if self.overwrite or not (self.folder / "config.yaml").is_file():
+            write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
 
     @property
     def finished(self) -> bool:
-        """Whether the run has all its results; says so if it has."""
-        done = (self.folder / "summary.json").is_file()
+        """Whether the run has all its results and is to keep them; says so if it is."""
+        done = (self.folder / "summary.json").is_file() and not self.overwrite
         if done:
             say(f"{self.folder} is finished already; nothing to do (--overwrite true starts it anew)")
         return done

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -32,16 +33,31 @@ class Teacher(nn.Module):
             self.register_buffer(f"order_{i}", order, persistent=False)
         freeze(self)
 
+    def tap(self, names: Iterable[str]) -> None:
+        """Let the outputs have the features of these modules, by dotted name.
+
+        Raises:
+            UserError: there are several members, or no such module.
+        """
+        if len(self.members) > 1:
+            raise UserError(f"losses on features ({', '.join(names)}) need one teacher, not {len(self.members)}")
+        self.members[0].tap(names)
+
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Outputs:
-        """Logits (B, K), float32, for uint8 images (B, C, H, W)."""
-        logits = [m(images).float()[:, getattr(self, f"order_{i}")] for i, m in enumerate(self.members)]
+    def outputs(self, images: Tensor) -> Outputs:
+        """Logits (B, K), float32, and tapped features for uint8 images (B, C, H, W)."""
+        said = [member.outputs(images) for member in self.members]
+        logits = [part.logits.float()[:, getattr(self, f"order_{i}")] for i, part in enumerate(said)]
         if len(logits) == 1:
-            return Outputs(logits[0])
+            return Outputs(logits[0], {name: feature.float() for name, feature in said[0].features.items()})
         if self.mean == "logits":
             return Outputs(torch.stack(logits).mean(0))
         log_probabilities = torch.stack(logits).log_softmax(-1)
-        return Outputs(log_probabilities.logsumexp(0) - torch.tensor(float(len(logits))).log())
+        return Outputs(log_probabilities.logsumexp(0) - math.log(len(logits)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K)."""
+        return self.outputs(images).logits
 
 
 def load_teacher(names: str | list[str], classes: Sequence[str], mean: str, device: torch.device) -> Teacher:

@@ -8,7 +8,19 @@ import pytest
 import torch
 
 from kd.distiller import Distiller
-from kd.losses import KL, LOSSES, CrossEntropy
+from kd.losses import (
+    KL,
+    LOSSES,
+    CosineEmbedding,
+    CrossEntropy,
+    FeatureDistance,
+    FeatureLoss,
+    FitNet,
+    LogitsMSE,
+    SoftCrossEntropy,
+    SoftMAE,
+)
+from kd.losses.features import cosine_distance
 from kd.losses.kl import kl_divergence
 from kd.outputs import Batch, Outputs
 
@@ -68,21 +80,37 @@ def test_cross_entropy_equals_the_float64_reference(num_classes, smoothing):
 
 
 class Given(torch.nn.Module):
-    """A student whose logits are given."""
+    """A network whose logits (B, K) and one feature map, `map` (B, C, 5, 5), are given."""
 
-    def __init__(self, logits):
+    def __init__(self, logits, channels=3):
         super().__init__()
         self.logits = torch.nn.Parameter(logits)
+        self.map = torch.nn.Parameter(torch.randn(len(logits), channels, 5, 5).to(logits.dtype))
+
+    def tap(self, names):
+        assert list(names) == ["map"]
 
     def outputs(self, images, keys=None):
-        return Outputs(self.logits)
+        return Outputs(self.logits, {"map": self.map})
 
 
-def distil(loss, student, teacher, labels=None):
-    labels = torch.zeros(len(student), dtype=torch.long) if labels is None else labels
-    distiller = Distiller(Given(student), [loss])
-    terms = distiller(Batch(torch.empty(len(student), 0), labels, labels), Outputs(teacher))
-    return distiller, next(iter(terms.values()))
+TAPS = {"student_tap": "map", "teacher_tap": "map"}
+
+
+def build(name, **arguments):
+    return LOSSES[name](**(TAPS if issubclass(LOSSES[name], FeatureLoss) else {}), **arguments)
+
+
+def distil(loss, student, teacher):
+    """The distiller of one loss, the teacher, and the loss's value."""
+    torch.manual_seed(1)
+    labels = torch.zeros(len(student), dtype=torch.long)
+    student, teacher = Given(student), Given(teacher)
+    distiller = Distiller(student, [loss], teacher, (3, 8, 8), seed=0)
+    said = teacher.outputs(None)
+    said = Outputs(said.logits.float(), {name: feature.float() for name, feature in said.features.items()})
+    terms = distiller(Batch(torch.empty(len(labels), 0), labels, labels), said)
+    return distiller, teacher, next(iter(terms.values()))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -91,26 +119,117 @@ def distil(loss, student, teacher, labels=None):
 def test_every_loss_is_finite_far_out_and_in_half_precision(name, num_classes, size):
     torch.manual_seed(0)
     student = (torch.randint(0, 2, (size, num_classes)) * 2e4 - 1e4).half()
-    teacher = (torch.randint(0, 2, (size, num_classes)) * 2e4 - 1e4).half().requires_grad_()
-    distiller, value = distil(LOSSES[name](), student, teacher)
+    teacher = (torch.randint(0, 2, (size, num_classes)) * 2e4 - 1e4).half()
+    distiller, _, value = distil(build(name), student, teacher)
     assert value.dtype == torch.float32
     assert value.shape == ()
     value.backward()
     assert value.isfinite()
-    assert distiller.student.logits.grad.isfinite().all()
+    gradients = [parameter.grad for parameter in distiller.parameters() if parameter.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_is_weighted_and_trains_the_student_only(name):
+def test_every_loss_is_weighted_and_trains_exactly_what_is_its_own(name):
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 6, 5)
-    teacher.requires_grad_()
-    once = distil(LOSSES[name](weight=1.0), student.clone(), teacher.detach())[1]
-    distiller, thrice = distil(LOSSES[name](weight=3.0), student.clone(), teacher.detach())
+    once = distil(build(name, weight=1.0), student.clone(), teacher)[2]
+    loss = build(name, weight=3.0)
+    distiller, _, thrice = distil(loss, student.clone(), teacher)
     assert thrice.item() == pytest.approx(3 * once.item(), rel=1e-6)
     thrice.backward()
-    assert all(parameter.grad is not None for parameter in distiller.parameters())
-    assert teacher.grad is None
+    with_gradient = {key for key, parameter in distiller.named_parameters() if parameter.grad is not None}
+    own = {f"losses.{name}.{key}" for key, _ in loss.named_parameters()}
+    assert with_gradient - own == {"student.map" if issubclass(LOSSES[name], FeatureLoss) else "student.logits"}
+    assert own <= with_gradient
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_sends_a_gradient_into_the_teacher_by_way_of_its_targets_alone(name):
+    """The teacher's outputs come without gradients in the loop; here they have them, and the student's part is checked
+    to be the same either way."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 6, 5)
+    gradients = []
+    for detached in (True, False):
+        torch.manual_seed(1)
+        mine, theirs = Given(student.clone()), Given(teacher.clone())
+        labels = torch.zeros(6, dtype=torch.long)
+        distiller = Distiller(mine, [build(name)], theirs, (3, 8, 8))
+        said = theirs.outputs(None)
+        if detached:
+            said = Outputs(said.logits.detach(), {key: value.detach() for key, value in said.features.items()})
+        sum(distiller(Batch(torch.empty(6, 0), labels, labels), said).values()).backward()
+        gradients.append([p.grad for p in distiller.parameters() if p.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_feature_distances_equal_loops():
+    torch.manual_seed(0)
+    one, other = torch.randn(2, 4, 3, 5, 5, dtype=torch.double)
+    pairs = list(zip(one.flatten().tolist(), other.flatten().tolist(), strict=True))
+    expected = {
+        "mse": math.fsum((a - b) ** 2 for a, b in pairs),
+        "l1": math.fsum(abs(a - b) for a, b in pairs),
+        "smooth_l1": math.fsum(0.5 * (a - b) ** 2 if abs(a - b) < 1 else abs(a - b) - 0.5 for a, b in pairs),
+    }
+    for name, total in expected.items():
+        loss = FeatureDistance("a", "b", distance=name)
+        value = loss(Outputs(one, {"a": one}), Outputs(other, {"b": other}), None)
+        assert value.item() == pytest.approx(total / len(pairs), rel=1e-12)
+
+
+def test_cosine_distance_equals_loops_and_pools_the_teacher():
+    torch.manual_seed(0)
+    student = torch.randn(4, 2, 3, dtype=torch.double)
+    teacher = torch.randn(4, 12, dtype=torch.double)
+    total = 0.0
+    for s, t in zip(student.flatten(1).tolist(), teacher.tolist(), strict=True):
+        pooled = [(t[2 * i] + t[2 * i + 1]) / 2 for i in range(6)]
+        dot = math.fsum(a * b for a, b in zip(s, pooled, strict=True))
+        total += 1 - dot / math.sqrt(math.fsum(a * a for a in s) * math.fsum(b * b for b in pooled))
+    assert cosine_distance(student, teacher).item() == pytest.approx(total / 4, rel=1e-12)
+    assert cosine_distance(student, 3 * student).item() == pytest.approx(0, abs=1e-12)
+    ones = torch.nn.functional.cosine_embedding_loss(student.flatten(1), student.flatten(1).flip(1), torch.ones(4))
+    assert cosine_distance(student, student.flatten(1).flip(1)).item() == pytest.approx(ones.item(), rel=1e-12)
+
+
+def test_fitnet_learns_a_convolution_from_student_to_teacher():
+    loss = FitNet("a", "b", kernel_size=3)
+    loss.setup({"a": (16, 8, 8)}, {"b": (32, 8, 8)})
+    assert loss.regressor.weight.shape == (32, 16, 3, 3)
+    one, other = torch.randn(2, 16, 8, 8), torch.randn(2, 32, 8, 8)
+    expected = (loss.regressor(one) - other).square().mean()
+    assert loss(Outputs(one, {"a": one}), Outputs(other, {"b": other}), None).item() == pytest.approx(expected.item())
+
+
+def test_soft_losses_equal_loops():
+    torch.manual_seed(0)
+    student, teacher = 3 * torch.randn(2, 7, 5, dtype=torch.double)
+    rows = list(zip(student.tolist(), teacher.tolist(), strict=True))
+    soft = [(softmax(s, 4.0), softmax(t, 4.0)) for s, t in rows]
+    cross = -math.fsum(p * math.log(q) for qs, ps in soft for q, p in zip(qs, ps, strict=True)) / 7 * 16
+    absolute = math.fsum(abs(p - q) for qs, ps in soft for q, p in zip(qs, ps, strict=True)) / 35
+    square = math.fsum((a - b) ** 2 for s, t in rows for a, b in zip(s, t, strict=True)) / 35
+    arguments = Outputs(student), Outputs(teacher), None
+    assert SoftCrossEntropy(4.0)(*arguments).item() == pytest.approx(cross, rel=1e-12)
+    assert SoftMAE(4.0)(*arguments).item() == pytest.approx(absolute, rel=1e-12)
+    assert LogitsMSE()(*arguments).item() == pytest.approx(square, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shapes", "words"),
+    [
+        (FeatureDistance("a", "b"), ((3, 4, 4), (3, 2, 2)), "FeatureDistance: the student's a is 3x4x4"),
+        (CosineEmbedding("a", "b"), ((9,), (3, 2)), "no longer than the teacher's"),
+        (FitNet("a", "b"), ((3, 4, 4), (3, 2, 2)), "equal height and width"),
+        (FitNet("a", "b"), ((3,), (3, 2, 2)), "equal height and width"),
+    ],
+)
+def test_features_that_cannot_be_compared_are_refused(loss, shapes, words):
+    with pytest.raises(ValueError, match=words):
+        loss.setup({"a": shapes[0]}, {"b": shapes[1]})
 
 
 def test_terms_of_one_class_are_told_apart():

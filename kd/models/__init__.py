@@ -7,7 +7,7 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from kd.models.dropout import use_keyed_dropout
 from kd.models.frozen import freeze, freeze_all_but, state_hash
 from kd.models.preprocess import Preprocess, View
 from kd.models.small import SMALL_NETS
+from kd.models.taps import Taps
 from kd.outputs import Outputs
 
 __all__ = ["Classifier", "View", "build_classifier", "build_network", "freeze", "load_classifier", "state_hash"]
@@ -45,12 +46,22 @@ class Classifier(nn.Module):
         self.classes = list(classes)
         self.recipe = recipe
         self._dropouts = use_keyed_dropout(network)
+        self._taps = Taps(network)
+
+    def tap(self, names: Iterable[str]) -> None:
+        """Let `outputs` give the outputs of these modules of the network, by dotted name, as features.
+
+        Raises:
+            UserError: there is no such module; the known ones are listed.
+        """
+        self._taps.add(names, self.recipe["model"])
 
     def outputs(self, images: Tensor, keys: Tensor | None = None) -> Outputs:
-        """Logits for uint8 images; with `keys` (int64 (B,)) dropout draws a function of them."""
+        """Logits and tapped features for uint8 images; with `keys` (int64 (B,)) dropout draws a function of them."""
         for dropout in self._dropouts:
             dropout.keys = keys
-        return Outputs(self.network(self.preprocess(images)))
+        self._taps.clear()
+        return Outputs(self.network(self.preprocess(images)), self._taps.take())
 
     def forward(self, images: Tensor) -> Tensor:
         return self.outputs(images).logits
@@ -169,9 +180,10 @@ def build_classifier(
         head = torchvision_nets.head_name(network)
     else:
         network, head = _with_weights(name, state, len(classes), model_args, weights)
-    if freeze_backbone:
+    classifier = Classifier(network, view, classes, {"model": name, "model_args": dict(model_args or {})})
+    if freeze_backbone:  # after the classifier has put its own dropout into the network
         freeze_all_but(network, head)
-    return Classifier(network, view, classes, {"model": name, "model_args": dict(model_args or {})})
+    return classifier
 
 
 def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
@@ -184,9 +196,15 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)  # a full pickle could run code
-        return state.get("state_dict", state)
     except Exception as error:  # many kinds, by format and by damage; all mean the same to the user
         raise UserError(f"weights {weights!r} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        held = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else type(state).__name__
+        raise UserError(
+            f"weights {weights!r} hold no state dict of tensors but {held}; save network.state_dict() alone"
+        )
+    return state
 
 
 def _with_weights(name, state, num_classes, model_args, weights) -> tuple[nn.Module, str]:
@@ -228,9 +246,10 @@ def load_classifier(run: str | Path, device: str | torch.device = "cpu") -> Clas
         state = safetensors.torch.load(weights)
         view, classes = View(**config["preprocess"]), config["classes"]
         recipe = {"model": config["model"], "model_args": config["model_args"]}
-    except (ValueError, KeyError, TypeError, OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"run {str(run)!r} is damaged: {error}; train it again with --overwrite true") from None
-    with torch.random.fork_rng(devices=[]):
-        network = build_network(recipe["model"], len(classes), recipe["model_args"])
-    network.load_state_dict(state)
+        with torch.random.fork_rng(devices=[]):
+            network = build_network(recipe["model"], len(classes), recipe["model_args"])
+        network.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"run {str(run)!r} is damaged: {reason}; train it again with --overwrite true") from None
     return Classifier(network, view, classes, recipe).eval().to(device)

@@ -1,0 +1,80 @@
+"""Distances between one feature of the student and one of the teacher, nothing learned.
+
+The forms of PyTorch's knowledge distillation tutorial
+(https://pytorch.org/tutorials/beginner/knowledge_distillation_tutorial.html) and of the notebooks after it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd.losses.base import FeatureLoss
+from kd.outputs import Batch, Outputs
+
+DISTANCES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
+
+
+class FeatureDistance(FeatureLoss):
+    """Mean distance of two features of one shape, over all their elements.
+
+    Args:
+        student_tap, teacher_tap: dotted module names; `python -m kd.models NAME` lists them.
+        distance: mse, l1 or smooth_l1 (torch's, beta 1).
+        weight: factor of this term in the objective.
+    """
+
+    def __init__(
+        self,
+        student_tap: str,
+        teacher_tap: str,
+        distance: Literal["mse", "l1", "smooth_l1"] = "mse",
+        weight: float = 1.0,
+    ):
+        super().__init__(student_tap, teacher_tap, weight)
+        self.distance = distance
+
+    def setup(self, student_shapes: dict[str, tuple], teacher_shapes: dict[str, tuple]) -> None:
+        shapes = student_shapes[self.student_tap], teacher_shapes[self.teacher_tap]
+        if shapes[0] != shapes[1]:
+            raise self.mismatch(*shapes, "tap modules of equal shape, or use FitNet, which learns a regressor")
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
+        return DISTANCES[self.distance](*self.features(student, teacher))
+
+
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """The mean over the batch of 1 - cos(student, teacher), both flattened to (B, D).
+
+    A longer teacher's vector is average-pooled to the student's length.
+    """
+    student, teacher = student.flatten(1), teacher.flatten(1)
+    if teacher.shape[1] != student.shape[1]:
+        teacher = F.adaptive_avg_pool1d(teacher[:, None], student.shape[1])[:, 0]
+    return (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
+
+
+class CosineEmbedding(FeatureLoss):
+    """One minus the cosine of the flattened features; the teacher's is average-pooled to the student's length.
+
+    Args:
+        student_tap, teacher_tap: dotted module names; `python -m kd.models NAME` lists them.
+        weight: factor of this term in the objective.
+    """
+
+    def setup(self, student_shapes: dict[str, tuple], teacher_shapes: dict[str, tuple]) -> None:
+        shapes = student_shapes[self.student_tap], teacher_shapes[self.teacher_tap]
+        if _length(shapes[1]) < _length(shapes[0]):
+            raise self.mismatch(*shapes, "tap a module of the student that is no longer than the teacher's")
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
+        return cosine_distance(*self.features(student, teacher))
+
+
+def _length(shape: tuple) -> int:
+    length = 1
+    for size in shape:
+        length *= size
+    return length

@@ -1,0 +1,41 @@
+"""FitNets: Hints for Thin Deep Nets. Romero et al. 2014. https://arxiv.org/abs/1412.6550
+
+A convolutional regressor on the student's feature map learns to predict the teacher's (equation 3).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd.losses.base import FeatureLoss
+from kd.outputs import Batch, Outputs
+
+
+class FitNet(FeatureLoss):
+    """Mean squared error between a learned convolution of the student's feature map and the teacher's map.
+
+    Differs from the paper: trained together with the other terms in one stage, as its successors do, not in a stage
+    before them; the mean over all elements instead of half the sum.
+
+    Args:
+        student_tap, teacher_tap: dotted module names of maps (C, H, W) of equal H and W.
+        kernel_size: of the regressor, an odd number.
+        weight: factor of this term in the objective.
+    """
+
+    def __init__(self, student_tap: str, teacher_tap: str, kernel_size: int = 1, weight: float = 1.0):
+        super().__init__(student_tap, teacher_tap, weight)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"FitNet: kernel_size {kernel_size} must be odd and above 0")
+        self.kernel_size = kernel_size
+
+    def setup(self, student_shapes: dict[str, tuple], teacher_shapes: dict[str, tuple]) -> None:
+        student, teacher = student_shapes[self.student_tap], teacher_shapes[self.teacher_tap]
+        if len(student) != 3 or len(teacher) != 3 or student[1:] != teacher[1:]:
+            raise self.mismatch(student, teacher, "tap maps (CxHxW) of equal height and width")
+        self.regressor = nn.Conv2d(student[0], teacher[0], self.kernel_size, padding=self.kernel_size // 2)
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
+        mine, theirs = self.features(student, teacher)
+        return F.mse_loss(self.regressor(mine), theirs)

@@ -1,0 +1,64 @@
+"""Simple distances between the student's and the teacher's logits or soft labels.
+
+Soft-target cross entropy: Hinton, Vinyals, Dean 2015, https://arxiv.org/abs/1503.02531, section 2. Squared error of
+logits: Ba, Caruana 2014, Do Deep Nets Really Need to be Deep?, https://arxiv.org/abs/1312.6184, equation 1.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd.losses.base import Loss
+from kd.outputs import Batch, Outputs
+
+
+class _Softened(Loss):
+    def __init__(self, temperature: float, weight: float):
+        super().__init__(weight)
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"{type(self).__name__}: temperature {temperature} must be a finite number above 0")
+        self.temperature = temperature
+
+
+class SoftCrossEntropy(_Softened):
+    """T^2 times the cross entropy with the teacher's softened probabilities: KL plus the teacher's entropy.
+
+    Args:
+        temperature: T, above 0.
+        weight: factor of this term in the objective.
+    """
+
+    def __init__(self, temperature: float = 4.0, weight: float = 1.0):
+        super().__init__(temperature, weight)
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
+        targets = F.softmax(teacher.logits / self.temperature, dim=1)
+        return F.cross_entropy(student.logits / self.temperature, targets) * self.temperature**2
+
+
+class SoftMAE(_Softened):
+    """Mean absolute error between softened probabilities, over images and classes.
+
+    Args:
+        temperature: T, above 0.
+        weight: factor of this term in the objective.
+    """
+
+    def __init__(self, temperature: float = 1.0, weight: float = 1.0):
+        super().__init__(temperature, weight)
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
+        probabilities = (F.softmax(outputs.logits / self.temperature, dim=1) for outputs in (student, teacher))
+        return F.l1_loss(*probabilities)
+
+
+class LogitsMSE(Loss):
+    """Mean squared error between logits, over images and classes (Ba and Caruana: half the sum over classes).
+
+    Args:
+        weight: factor of this term in the objective.
+    """
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
+        return F.mse_loss(student.logits, teacher.logits)
