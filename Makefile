@@ -9,7 +9,7 @@ RUNS := runs/digits
 # Without byte code each start of Python compiles torch anew, which takes longer than the demo.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test quick lint clean
+.PHONY: demo cifar10 test quick lint clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: requirements.txt
@@ -25,6 +25,17 @@ demo: $(VENV)/.installed
 	$(LAUNCH) distill.py --config recipes/digits/kd.yaml --teacher $(RUNS)/teacher
 	$(BIN)/python evaluate.py $(RUNS)/teacher $(RUNS)/student $(RUNS)/kd --report $(RUNS)/report
 	@echo "the picture is $(RUNS)/report/accuracy_vs_cost.png"
+
+# The CIFAR-10 tutorial: both teachers, both students alone, the four distilled ones, the comparison. DATA names a source.
+DATA ?= cifar10
+CIFAR10 := $(BIN)/accelerate launch --quiet
+cifar10: $(VENV)/.installed
+	for name in teacher teacher_nodropout student student_nodropout; do \
+		$(CIFAR10) train_teacher.py --config recipes/cifar10/$$name.yaml --data.source $(DATA) || exit; done
+	for name in kd kd_t10 cosine regressor; do \
+		$(CIFAR10) distill.py --config recipes/cifar10/$$name.yaml --data.source $(DATA) || exit; done
+	$(BIN)/python evaluate.py $(addprefix runs/cifar10/,teacher teacher_nodropout student student_nodropout kd kd_t10 \
+		cosine regressor) --report runs/cifar10/report
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

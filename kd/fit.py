@@ -148,6 +148,12 @@ class Fitted:
 
 def _resume(distiller, optimizer, accelerator, run: Run) -> tuple[Progress, dict[str, Tensor]]:
     found = load_newest(run.folder / "checkpoints")
+    steps = accelerator.gather(torch.tensor([found[0].step if found else 0], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"the processes see different checkpoints in {run.folder} (steps {steps}); "
+            f"put output_dir on a disk that all nodes share"
+        )
     if found is None:
         return Progress(), {}
     progress, tensors = found

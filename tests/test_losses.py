@@ -13,6 +13,7 @@ from kd.losses import (
     LOSSES,
     CosineEmbedding,
     CrossEntropy,
+    DoubleSoftmax,
     FeatureDistance,
     FeatureLoss,
     FitNet,
@@ -216,6 +217,14 @@ def test_soft_losses_equal_loops():
     assert SoftCrossEntropy(4.0)(*arguments).item() == pytest.approx(cross, rel=1e-12)
     assert SoftMAE(4.0)(*arguments).item() == pytest.approx(absolute, rel=1e-12)
     assert LogitsMSE()(*arguments).item() == pytest.approx(square, rel=1e-12)
+
+
+def test_double_softmax_cannot_be_sure():
+    sure = 1000 * torch.eye(10, dtype=torch.double)
+    labels = torch.arange(10)
+    batch = Batch(torch.empty(10, 0), labels, labels)
+    assert CrossEntropy()(Outputs(sure), None, batch).item() == 0
+    assert DoubleSoftmax()(Outputs(sure), None, batch).item() == pytest.approx(math.log(math.e + 9) - 1, rel=1e-12)
 
 
 @pytest.mark.parametrize(

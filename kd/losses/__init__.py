@@ -2,6 +2,7 @@
 
 from kd.losses.base import FeatureLoss, Loss
 from kd.losses.cross_entropy import CrossEntropy
+from kd.losses.double_softmax import DoubleSoftmax
 from kd.losses.features import CosineEmbedding, FeatureDistance
 from kd.losses.fitnet import FitNet
 from kd.losses.kl import KL
@@ -10,6 +11,7 @@ from kd.losses.logits import LogitsMSE, SoftCrossEntropy, SoftMAE
 LOSSES: dict[str, type[Loss]] = {
     "CosineEmbedding": CosineEmbedding,
     "CrossEntropy": CrossEntropy,
+    "DoubleSoftmax": DoubleSoftmax,
     "FeatureDistance": FeatureDistance,
     "FitNet": FitNet,
     "KL": KL,
