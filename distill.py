@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     from kd.data import load_data
     from kd.distiller import Distiller
     from kd.fit import fit
+    from kd.precompute import precompute_teacher
     from kd.setup import announce, build_trained, make_accelerator, open_run
     from kd.teachers import load_teacher
 
@@ -23,12 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     with open_run(config, accelerator) as run:
         if run.finished:
             return 0
-        with accelerator.main_process_first():
-            data = load_data(config.data)
+        data = load_data(config.data)
         teacher = load_teacher(config.teacher, data.classes, config.teacher_mean, accelerator.device)
         student = build_trained(config.student, data, config)
         distiller = Distiller(student, config.losses, teacher, data.image_shape, config.seed)
         announce(distiller, data, config, accelerator)
+        teacher = precompute_teacher(teacher, distiller.teacher_taps, data, config, accelerator)
         fitted = fit(distiller, teacher, data, config, accelerator, run)
         return conclude(fitted, data, config, accelerator, run)
 

@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     from kd.data import load_data
     from kd.distiller import Distiller
     from kd.fit import fit
+    from kd.precompute import precompute_backbone
     from kd.setup import announce, build_trained, make_accelerator, open_run
 
     comparing = [type(loss).__name__ for loss in config.losses if loss.needs_teacher]
@@ -25,12 +26,12 @@ def main(argv: list[str] | None = None) -> int:
     with open_run(config, accelerator) as run:
         if run.finished:
             return 0
-        with accelerator.main_process_first():
-            data = load_data(config.data)
+        data = load_data(config.data)
         network = build_trained(config.model, data, config)
         distiller = Distiller(network, config.losses)
         announce(distiller, data, config, accelerator)
-        fitted = fit(distiller, None, data, config, accelerator, run)
+        images = precompute_backbone(network, data, config, accelerator)
+        fitted = fit(distiller, None, images, config, accelerator, run)
         return conclude(fitted, data, config, accelerator, run)
 
 

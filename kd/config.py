@@ -154,6 +154,8 @@ class TrainConfig:
     """run folder whose network gives the first weights instead"""
     losses: list[Loss] = field(default_factory=list)
     """terms of the objective, summed: class_path (a name below, or the import path of your own) and init_args"""
+    precompute: Literal["auto", "never"] = "auto"
+    """auto asks what is frozen (a teacher, a backbone) once an image where views are fixed; never asks at each step"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: int = 10
     """passes over the training images"""

@@ -50,8 +50,8 @@ class Distiller(nn.Module):
     def _connect(self, teacher: nn.Module | None, image_shape: tuple[int, int, int] | None, seed: int) -> None:
         """Tap both networks for the losses, and let the losses build what they learn."""
         shapes = []
-        for network, side in ((self.student, "student_taps"), (teacher, "teacher_taps")):
-            names = sorted({name for loss in self.losses.values() for name in getattr(loss, side)})
+        student_taps = sorted({name for loss in self.losses.values() for name in loss.student_taps})
+        for network, names in ((self.student, student_taps), (teacher, self.teacher_taps)):
             shapes.append({})
             if names and network is not None:
                 network.tap(names)
@@ -67,6 +67,11 @@ class Distiller(nn.Module):
     def needs_teacher(self) -> list[str]:
         """Names of the terms that compare the student with a teacher."""
         return [name for name, loss in self.losses.items() if loss.needs_teacher]
+
+    @property
+    def teacher_taps(self) -> list[str]:
+        """Names of the teacher's modules whose outputs the terms need."""
+        return sorted({name for loss in self.losses.values() for name in loss.teacher_taps})
 
     def forward(self, batch: Batch, teacher: Outputs | None) -> dict[str, Tensor]:
         """The weighted terms, each a float32 scalar, the mean over this process's images."""

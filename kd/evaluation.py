@@ -100,8 +100,7 @@ class Evaluator:
             settings["cache_dir"] = self.config.cache_dir
         key = json.dumps(settings, sort_keys=True)
         if key not in self._data:
-            with self.accelerator.main_process_first():
-                self._data[key] = load_data(DataConfig(**settings))
+            self._data[key] = load_data(DataConfig(**settings))
         return key, self._data[key]
 
     def _predict(self, key: tuple, network, data: Data, split: Split) -> tuple[Tensor, Tensor]:

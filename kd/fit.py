@@ -17,13 +17,14 @@ from kd.data import DROPOUT, Data, Split, TrainBatches
 from kd.distiller import Distiller
 from kd.errors import UserError, say
 from kd.parallel import StopSignal, gather_rows
+from kd.precompute import TableTeacher
 from kd.runs import Run
 from kd.teachers import Teacher
 from kd.track import Tracker
 
 
 def fit(
-    distiller: Distiller, teacher: Teacher | None, data: Data, config, accelerator: Accelerator, run: Run
+    distiller: Distiller, teacher: Teacher | TableTeacher | None, data: Data, config, accelerator: Accelerator, run: Run
 ) -> Fitted:
     """Train until the last step, going on from the run's newest checkpoint.
 
@@ -93,7 +94,7 @@ def fit(
             teacher_outputs = None
             if teacher is not None:
                 with accelerator.autocast():
-                    teacher_outputs = teacher.outputs(batch.images)
+                    teacher_outputs = teacher.answer(batch)
             terms = model(batch, teacher_outputs)
             # `share` weighs this process's mean so that the processes' mean is the mean over the global batch
             accelerator.backward(sum(terms.values()) * share)

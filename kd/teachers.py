@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kd.errors import UserError, say
 from kd.models import Classifier, View, build_classifier, freeze, load_classifier, torchvision_nets
-from kd.outputs import Outputs
+from kd.outputs import Batch, Outputs
 
 
 class Teacher(nn.Module):
@@ -54,6 +54,10 @@ class Teacher(nn.Module):
             return Outputs(torch.stack(logits).mean(0))
         log_probabilities = torch.stack(logits).log_softmax(-1)
         return Outputs(log_probabilities.logsumexp(0) - math.log(len(logits)))
+
+    def answer(self, batch: Batch) -> Outputs:
+        """What the teacher says about a batch's images."""
+        return self.outputs(batch.images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K)."""

@@ -20,6 +20,7 @@ ROOMS = (
     ("models", "data", "losses"),
     ("config",),
     ("runs", "checkpoint", "distiller", "teachers"),
+    ("precompute",),
     ("track",),
     ("fit",),
     ("setup", "conclude"),

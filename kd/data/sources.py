@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,15 @@ class RawSplit:
 class Source:
     """A set of images: its splits are read only when they are asked for.
 
-    splits: names among train, val, test.
-    open: split names to (class names, raw splits); may be slow.
+    open: gives the class names and the raw splits, by names among train, val, test; may be slow.
     fingerprint: changes when the images may have changed; None when they are quick to read and need no store.
+    notes: what a user should know of how the splits were found; filled by `open`.
     """
 
     name: str
     open: Callable[[], tuple[list[str], dict[str, RawSplit]]]
     fingerprint: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def find_source(source: str, download_dir: Path, image_column: str | None, label_column: str | None) -> Source:
@@ -54,6 +55,7 @@ def find_source(source: str, download_dir: Path, image_column: str | None, label
     Raises:
         UserError: no such source; the known names and forms are listed.
     """
+    notes: list[str] = []
     if source in NAMED:
         opener = _open_digits if source == "digits" else lambda: _open_torchvision(source, download_dir)
         return Source(source, opener)
@@ -61,7 +63,10 @@ def find_source(source: str, download_dir: Path, image_column: str | None, label
         dataset = _load_hub(source[4:])
         prints = [f"{split}:{part._fingerprint}" for split, part in sorted(dataset.items())]
         return Source(
-            source, lambda: _open_dataset(dataset, source, image_column, label_column), _digest([source, *prints])
+            source,
+            lambda: _open_dataset(dataset, source, image_column, label_column, notes),
+            _digest([source, *prints]),
+            notes,
         )
     folder = Path(source).expanduser()
     if not folder.exists():
@@ -74,11 +79,11 @@ def find_source(source: str, download_dir: Path, image_column: str | None, label
     listing = [f"{file.relative_to(folder)}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in files]
     columns = [f"columns:{image_column}:{label_column}"]
     if any(file.suffix == ".parquet" for file, _ in files):
-        opener = lambda: _open_dataset(_load_parquet(folder), source, image_column, label_column)  # noqa: E731
+        opener = lambda: _open_dataset(_load_parquet(folder), source, image_column, label_column, notes)  # noqa: E731
     else:
         paths = [file for file, _ in files if file.suffix.lower() in IMAGE_SUFFIXES]
-        opener = lambda: _open_folder(folder, paths)  # noqa: E731
-    return Source(folder.resolve().name, opener, _digest(columns + listing))
+        opener = lambda: _open_folder(folder, paths, notes)  # noqa: E731
+    return Source(folder.resolve().name, opener, _digest(columns + listing), notes)
 
 
 def _digest(parts: list[str]) -> str:
@@ -177,7 +182,7 @@ def _as_dict(dataset) -> dict:
     return dict(dataset.items())
 
 
-def _open_dataset(dataset: dict, source: str, image_column: str | None, label_column: str | None):
+def _open_dataset(dataset: dict, source: str, image_column: str | None, label_column: str | None, notes: list[str]):
     import datasets
 
     features = next(iter(dataset.values())).features
@@ -195,7 +200,7 @@ def _open_dataset(dataset: dict, source: str, image_column: str | None, label_co
 
         labels = np.asarray(part.with_format("numpy")[label_column], dtype=np.int64)
         splits[name] = RawSplit(read, labels, lambda i, name=name: f"{source} {name} row {i}")
-    return list(features[label_column].names), _canonical(splits, source)
+    return list(features[label_column].names), _canonical(splits, source, notes)
 
 
 def _column(features, kind, asked, field, usual, source) -> str:
@@ -212,7 +217,7 @@ def _column(features, kind, asked, field, usual, source) -> str:
     )
 
 
-def _canonical(splits: dict[str, Any], source: str) -> dict[str, Any]:
+def _canonical(splits: dict[str, Any], source: str, notes: list[str]) -> dict[str, Any]:
     """Splits under the names train, val, test; a lone `val` is the test split, as with ImageNet."""
     names = {}
     for name in splits:
@@ -226,11 +231,11 @@ def _canonical(splits: dict[str, Any], source: str) -> dict[str, Any]:
         )
     if "test" not in names and "val" in names:
         names["test"] = names.pop("val")
-        say(f"data: {source} has no test split; its {names['test']} split is the test split")
+        notes.append(f"{source} has no test split; its {names['test']} split is the test split")
     return {short: splits[name] for short, name in names.items()}
 
 
-def _open_folder(folder: Path, paths: list[Path]):
+def _open_folder(folder: Path, paths: list[Path], notes: list[str]):
     """ImageFolder layout: SPLIT/CLASS/.../IMAGE, or CLASS/IMAGE where there are no split folders."""
     tops = sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != folder})
     folders = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
@@ -245,10 +250,10 @@ def _open_folder(folder: Path, paths: list[Path]):
                 f"data.source {str(folder)!r} has no train split (found: {', '.join(folders) or 'no folder'}); "
                 f"it needs train/CLASS/IMAGE and test/ or val/, or CLASS/IMAGE without splits"
             )
-        say(f"data: {folder} has no split folders; all its images are read as train")
+        notes.append(f"{folder} has no split folders; all its images are read as train")
         roots = {"train": folder}
     else:
-        roots = _canonical({name: folder / name for name in split_names}, str(folder))
+        roots = _canonical({name: folder / name for name in split_names}, str(folder), notes)
     per_split = {split: _by_class(root, paths) for split, root in roots.items()}
     classes = sorted(per_split["train"])
     if not classes:

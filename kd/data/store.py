@@ -7,6 +7,7 @@ a lock: one process builds, the others wait; when the builder dies the next one 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -20,15 +21,25 @@ from tqdm import tqdm
 
 from kd.data.decode import OtherSize, UnreadableImage, read_image
 from kd.data.sources import RawSplit, Source
-from kd.errors import UserError, is_main_process, say
+from kd.errors import UserError, say
 
 
 @dataclass
 class Store:
-    """Decoded images of one split: images uint8 (N, C, H, W), perhaps memory-mapped; labels int64 (N,)."""
+    """Decoded images of one split: images uint8 (N, C, H, W), perhaps memory-mapped; labels int64 (N,).
+
+    In place of images there may be rows of a table, see `kd.precompute`.
+    """
 
     images: np.ndarray
     labels: np.ndarray
+    fingerprint: str | None = None
+
+    def identity(self) -> str:
+        """Changes when the images do."""
+        if self.fingerprint is None:
+            self.fingerprint = hashlib.sha256(np.ascontiguousarray(self.images)).hexdigest()
+        return self.fingerprint
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,15 +70,15 @@ def open_stores(
             return found
         classes, splits = source.open()
         try:
-            _build(native, classes, splits, channels, None, resize, skip_unreadable)
+            _build(native, classes, splits, channels, None, resize, skip_unreadable, source.notes)
             return _read(native)
         except OtherSize as error:
             if resize is None:
                 raise UserError(
                     f"{error}; set data.resize (pixels of the shorter side), and images become squares"
                 ) from None
-            say(f"data: {error}; all are brought to {resize}x{resize}")
-        _build(fitted, classes, splits, channels, (resize, resize), resize, skip_unreadable)
+            source.notes.append(f"{error}; all are brought to {resize}x{resize}")
+        _build(fitted, classes, splits, channels, (resize, resize), resize, skip_unreadable, source.notes)
         return _read(fitted)
 
 
@@ -78,11 +89,13 @@ def _read(folder: Path, resize: int | None = None) -> tuple[list[str], dict[str,
         meta = json.loads((folder / "meta.json").read_text())
         for split in meta["splits"]:
             images = np.load(folder / f"{split}-images.npy", mmap_mode="r")
-            stores[split] = Store(images, np.load(folder / f"{split}-labels.npy"))
+            stores[split] = Store(images, np.load(folder / f"{split}-labels.npy"), f"{folder.name}/{split}")
     except (OSError, ValueError, EOFError):
         return None
     if any(_much_larger(store.images.shape[2:], resize) for store in stores.values()):
         return None
+    for note in meta["notes"]:
+        say(f"data: {note}")
     for split, skipped in meta["skipped"].items():
         if skipped:
             say(f"data: {len(skipped)} unreadable images of {split} are left out: {', '.join(skipped[:3])}")
@@ -93,7 +106,7 @@ def _much_larger(size: tuple[int, int], resize: int | None) -> bool:
     return resize is not None and min(size) > 2 * resize
 
 
-def _build(folder, classes, splits: dict[str, RawSplit], channels, size, resize, skip_unreadable) -> None:
+def _build(folder, classes, splits: dict[str, RawSplit], channels, size, resize, skip_unreadable, notes) -> None:
     aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a builder that died; the lock is ours
         shutil.rmtree(left, ignore_errors=True)
@@ -104,7 +117,7 @@ def _build(folder, classes, splits: dict[str, RawSplit], channels, size, resize,
             # all splits must have one size, that of the first split's first image unless it is given
             size = size or _size_of_first(name, split, channels, resize)
             skipped[name] = _decode(aside, name, split, channels, size, fit, skip_unreadable)
-        meta = {"classes": classes, "splits": list(splits), "skipped": skipped}
+        meta = {"classes": classes, "splits": list(splits), "skipped": skipped, "notes": notes}
         (aside / "meta.json").write_text(json.dumps(meta))
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
@@ -165,9 +178,8 @@ def _decode(aside: Path, name: str, split: RawSplit, channels, size, fit: bool, 
     _reserve(aside / f"{name}-images.npy")
     bad: list[tuple[int, str]] = []
     kept = 0
-    quiet = None if is_main_process() else True
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        with tqdm(total=count, desc=f"decode {name}", unit="image", disable=quiet, leave=False) as bar:
+        with tqdm(total=count, desc=f"decode {name}", unit="image", disable=None, leave=False) as bar:
             for start in range(0, count, 4096):  # in blocks, so that the queue of results stays small
                 block = range(start, min(start + 4096, count))
                 try:

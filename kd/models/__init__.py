@@ -47,6 +47,7 @@ class Classifier(nn.Module):
         self.recipe = recipe
         self._dropouts = use_keyed_dropout(network)
         self._taps = Taps(network)
+        self.head: str | None = None  # the head's dotted name where all else is frozen
 
     def tap(self, names: Iterable[str]) -> None:
         """Let `outputs` give the outputs of these modules of the network, by dotted name, as features.
@@ -57,7 +58,12 @@ class Classifier(nn.Module):
         self._taps.add(names, self.recipe["model"])
 
     def outputs(self, images: Tensor, keys: Tensor | None = None) -> Outputs:
-        """Logits and tapped features for uint8 images; with `keys` (int64 (B,)) dropout draws a function of them."""
+        """Logits and tapped features for uint8 images; with `keys` (int64 (B,)) dropout draws a function of them.
+
+        Float rows (B, D) are taken for the frozen backbone's features, which the head alone turns into logits.
+        """
+        if images.is_floating_point():
+            return Outputs(self.network.get_submodule(self.head)(images))
         for dropout in self._dropouts:
             dropout.keys = keys
         self._taps.clear()
@@ -183,6 +189,7 @@ def build_classifier(
     classifier = Classifier(network, view, classes, {"model": name, "model_args": dict(model_args or {})})
     if freeze_backbone:  # after the classifier has put its own dropout into the network
         freeze_all_but(network, head)
+        classifier.head = head
     return classifier
 
 
