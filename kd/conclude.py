@@ -15,7 +15,8 @@ import kd
 from kd import cost, metrics
 from kd.data import Data
 from kd.errors import say
-from kd.fit import Fitted, predict
+from kd.fit import Fitted
+from kd.predict import predict
 from kd.runs import Run
 
 

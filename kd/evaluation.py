@@ -15,8 +15,8 @@ from kd.conclude import device_name, versions
 from kd.config import DataConfig, EvaluateConfig, read_yaml
 from kd.data import Data, Split, load_data
 from kd.errors import UserError, say
-from kd.fit import predict
 from kd.models import Classifier, load_classifier
+from kd.predict import predict
 from kd.runs import read_summary
 from kd.teachers import load_teacher
 

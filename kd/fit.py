@@ -1,8 +1,7 @@
-"""The one training loop, and prediction over a split. Everything that varies is in its arguments."""
+"""The one training loop. Everything that varies is in its arguments."""
 
 from __future__ import annotations
 
-import math
 import time
 
 import torch
@@ -12,12 +11,14 @@ from tqdm import tqdm
 
 from kd import keyed, metrics
 from kd.checkpoint import Progress, load_newest, load_optimizer_tensors, optimizer_tensors, save_checkpoint
-from kd.config import OptimizerConfig
-from kd.data import DROPOUT, Data, Split, TrainBatches
+from kd.data import DROPOUT, Data, TrainBatches
 from kd.distiller import Distiller
 from kd.errors import UserError, say
-from kd.parallel import StopSignal, gather_rows
+from kd.meter import Meter, not_finite
+from kd.optim import learning_rate, make_optimizer
+from kd.parallel import StopSignal
 from kd.precompute import TableTeacher
+from kd.predict import predict
 from kd.runs import Run
 from kd.teachers import Teacher
 from kd.track import Tracker
@@ -74,7 +75,7 @@ def fit(
     def save() -> int:
         meter.check(accelerator, config.optimizer.lr, saved_step)  # what is not finite must never be kept
         if not all(tensor.isfinite().all() for tensor in distiller.state_dict().values()):
-            raise _not_finite("the weights are", progress.step, config.optimizer.lr, saved_step)
+            raise not_finite("the weights are", progress.step, config.optimizer.lr, saved_step)
         progress.sums, progress.metrics_bytes = meter.state(accelerator), tracker.num_bytes
         progress.seconds = time.perf_counter() - started
         progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
@@ -179,117 +180,3 @@ def _say_epoch(bar, epoch: int, epochs: int, row: dict) -> None:
         bar.write(line)
     else:
         say(line)
-
-
-class Meter:
-    """Sums of the loss terms on the device, read once a log interval; remembers the first step that was not finite."""
-
-    def __init__(self, names: list[str], device: torch.device, sums: dict, is_main: bool):
-        self.names = [*names, "loss"]
-        self._sums = torch.zeros(
-            len(self.names) + 1, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64
-        )
-        self._bad = torch.full((), -1, dtype=torch.int64, device=device)
-        self._epoch = dict(sums.get("epoch", {}))
-        self._interval_start, self._epoch_images, self._epoch_start = time.perf_counter(), 0.0, time.perf_counter()
-        if "interval" in sums and is_main:
-            self._sums += torch.tensor(
-                [sums["interval"][name] for name in (*self.names, "images")], dtype=self._sums.dtype, device=device
-            )
-
-    def add(self, terms: dict[str, Tensor], num_images: int, step: int) -> None:
-        values = torch.stack([term.detach() for term in terms.values()])
-        total = values.sum()
-        if num_images:
-            self._sums[:-1] += torch.cat([values, total[None]]) * num_images
-            self._sums[-1] += num_images
-        self._bad = torch.where((self._bad < 0) & ~total.isfinite(), step + 1, self._bad)
-
-    def check(self, accelerator, lr: float, saved_step: int | None) -> None:
-        """Raise a UserError, on all processes, if any step since the start was not finite on any of them."""
-        bad = [step for step in accelerator.gather(self._bad[None]).tolist() if step >= 0]
-        if bad:
-            raise _not_finite("the loss is", min(bad), lr, saved_step)
-
-    def state(self, accelerator) -> dict:
-        """The open sums over all processes, for the checkpoint."""
-        interval = accelerator.reduce(self._sums.clone(), "sum").tolist()
-        return {"interval": dict(zip((*self.names, "images"), interval, strict=True)), "epoch": self._epoch}
-
-    def flush(self, accelerator, lr: float, saved_step: int | None) -> dict[str, float]:
-        """The terms' means over the interval's images, over all processes; starts the next interval."""
-        self.check(accelerator, lr, saved_step)
-        *sums, images = accelerator.reduce(self._sums.clone(), "sum").tolist()
-        for name, value in zip((*self.names, "images"), (*sums, images), strict=True):
-            self._epoch[name] = self._epoch.get(name, 0.0) + value
-        now = time.perf_counter()
-        row = {f"train/{name}": value / images for name, value in zip(self.names, sums, strict=True)}
-        row["images_per_second"] = images / (now - self._interval_start)
-        self._epoch_images += images
-        self._interval_start = now
-        self._sums.zero_()
-        return row
-
-    def end_epoch(self) -> dict[str, float]:
-        """The terms' means over the epoch's images; the speed is that since the epoch's start or the last restart."""
-        row = {f"epoch/{name}": self._epoch[name] / self._epoch["images"] for name in self.names}
-        now = time.perf_counter()
-        row["epoch/images_per_second"] = self._epoch_images / (now - self._epoch_start)
-        self._epoch, self._epoch_images = {}, 0.0
-        self._epoch_start = self._interval_start = now
-        return row
-
-
-def _not_finite(what: str, step: int, lr: float, saved_step: int | None) -> UserError:
-    kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "there is no checkpoint yet"
-    return UserError(
-        f"{what} not finite at step {step}; lower --optimizer.lr (it is {lr:g}) or set --optimizer.clip_norm; {kept}"
-    )
-
-
-def make_optimizer(config: OptimizerConfig, distiller: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of everything in the distiller that is trained.
-
-    Raises:
-        UserError: nothing is trained.
-    """
-    parameters = [p for p in distiller.parameters() if p.requires_grad]
-    if not parameters:
-        raise UserError("nothing is left to train; the whole network is frozen")
-    arguments = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": device.type == "cuda"}
-    if config.name == "sgd":
-        return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, **arguments)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name](parameters, **arguments)
-
-
-def learning_rate(config: OptimizerConfig, step: int, total: int, per_epoch: int) -> float:
-    """The learning rate of a step, counted from 0; nothing about it has to be saved."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "cosine":
-        done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
-        return config.lr * 0.5 * (1 + math.cos(math.pi * done))
-    if config.schedule == "multistep":
-        return config.lr * config.gamma ** sum(step // per_epoch >= epoch for epoch in config.milestones)
-    return config.lr
-
-
-@torch.inference_mode()
-def predict(network: nn.Module, split: Split, batch_size: int, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-    """Logits (N, K) and labels (N,) of a split, on the CPU, in its order, each image once at any number of processes.
-
-    Args:
-        network: a `Classifier` or a `Teacher`, on the accelerator's device; put in eval mode.
-        batch_size: images at once over all processes.
-    """
-    network.eval()
-    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    cuts = [len(split) * i // world for i in range(world + 1)]
-    size = max(1, batch_size // world)
-    logits = []
-    for start in range(cuts[rank], cuts[rank + 1], size):
-        where = torch.arange(start, min(start + size, cuts[rank + 1])).numpy()
-        logits.append(network(split.read(where, device)[0]).float())
-    mine = torch.cat(logits) if logits else torch.zeros(0, len(network.classes), device=device)
-    counts = [cuts[i + 1] - cuts[i] for i in range(world)]
-    return gather_rows(mine, counts).cpu(), torch.from_numpy(split.labels)

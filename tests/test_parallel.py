@@ -63,7 +63,7 @@ def test_several_processes_give_the_losses_of_one(alone, tmp_path, count):
 
 
 def test_two_processes_killed_and_resumed_end_with_the_same_bytes(tmp_path):
-    for name, sabotage in (("whole", None), ("cut", ("kd.fit.Meter.add:SIGTERM", 6))):
+    for name, sabotage in (("whole", None), ("cut", ("kd.meter.Meter.add:SIGTERM", 6))):
         status = children.run_several("train_teacher", (*ARGUMENTS, "--output_dir", tmp_path / name), 2, sabotage)
         # the signal reaches the second process only; both stop after the same step, and the first one saves it
         assert status == ([0, 0] if sabotage is None else [143, 143])
@@ -74,7 +74,7 @@ def test_two_processes_killed_and_resumed_end_with_the_same_bytes(tmp_path):
 
 def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     command = (*ARGUMENTS, "--output_dir", tmp_path / "run")
-    assert children.run_several("train_teacher", command, 2, ("kd.fit.Meter.add:SIGTERM", 3)) == [143, 143]
+    assert children.run_several("train_teacher", command, 2, ("kd.meter.Meter.add:SIGTERM", 3)) == [143, 143]
     assert children.run("train_teacher", command) == 0
     close(rows(alone), rows(tmp_path / "run"), 1e-4)
 

@@ -65,8 +65,8 @@ def uninterrupted(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "moments",
     [
-        [("kd.fit.Meter.add", 1)],  # before the first checkpoint
-        [("kd.fit.Meter.add", 4), ("kd.fit.Meter.add", 3), ("kd.fit.Meter.add", 6)],  # three times
+        [("kd.meter.Meter.add", 1)],  # before the first checkpoint
+        [("kd.meter.Meter.add", 4), ("kd.meter.Meter.add", 3), ("kd.meter.Meter.add", 6)],  # three times
         [("kd.checkpoint._write", 2), ("kd.checkpoint._write", 5)],  # inside a checkpoint's files
         [("kd.checkpoint.os.rename", 3)],  # the checkpoint is whole but not renamed
         [("kd.checkpoint.shutil.rmtree", 4)],  # while an old one is deleted
@@ -86,7 +86,7 @@ def test_killed_and_resumed(uninterrupted, tmp_path, moments):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_stopped_by_a_signal_saves_where_it_is(uninterrupted, tmp_path, name):
     command = (*ARGUMENTS, "--output_dir", tmp_path / "run", "--checkpoint_every", 1000)
-    status = children.run("train_teacher", command, sabotage=(f"kd.fit.Meter.add:{name}", 7))
+    status = children.run("train_teacher", command, sabotage=(f"kd.meter.Meter.add:{name}", 7))
     assert status == 128 + {"SIGTERM": 15, "SIGINT": 2, "SIGUSR1": 10}[name]
     progress, _ = load_newest(tmp_path / "run" / "checkpoints")
     assert progress.step == 7
@@ -114,7 +114,7 @@ def test_distillation_is_resumed_too(teacher_run, tmp_path):
         "--output_dir",
     )
     assert children.run("distill", (*command, tmp_path / "whole")) == 0
-    assert children.run("distill", (*command, tmp_path / "cut"), sabotage=("kd.fit.Meter.add", 6)) == -9
+    assert children.run("distill", (*command, tmp_path / "cut"), sabotage=("kd.meter.Meter.add", 6)) == -9
     assert children.run("distill", (*command, tmp_path / "cut")) == 0
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -124,7 +124,7 @@ def test_distillation_is_resumed_too(teacher_run, tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "state"])
 def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, call, damage):
     command = (*ARGUMENTS, "--output_dir", tmp_path / "run")
-    assert children.run("train_teacher", command, sabotage=("kd.fit.Meter.add", 7)) == -9
+    assert children.run("train_teacher", command, sabotage=("kd.meter.Meter.add", 7)) == -9
     newest = checkpoints(tmp_path / "run" / "checkpoints")[0]
     assert newest.name == "step_00000006"
     if damage == "missing":
@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, call, dama
 @pytest.mark.slow
 def test_killed_at_random_moments(uninterrupted, tmp_path):
     draw = random.Random(0)
-    places = ["kd.fit.Meter.add", "kd.checkpoint._write", "kd.checkpoint.sync_folder", "kd.runs.os.replace"]
+    places = ["kd.meter.Meter.add", "kd.checkpoint._write", "kd.checkpoint.sync_folder", "kd.runs.os.replace"]
     for attempt in range(10):
         command = (*ARGUMENTS, "--output_dir", tmp_path / str(attempt))
         for _ in range(30):

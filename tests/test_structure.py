@@ -19,6 +19,7 @@ ROOMS = (
     ("errors", "keyed", "outputs", "metrics", "cost", "parallel"),
     ("models", "data", "losses"),
     ("config",),
+    ("optim", "predict", "meter"),
     ("runs", "checkpoint", "distiller", "teachers"),
     ("precompute",),
     ("track",),

@@ -113,7 +113,7 @@ def test_a_regressor_is_trained_resumed_and_not_exported(tmp_path):
     command = ("--student", "light_nn", *size, "--epochs", 2, "--teacher", tmp_path / "teacher", "--losses", losses)
     command = (*command, "--checkpoint_every", 2, "--output_dir")
     assert children.run("distill", (*command, tmp_path / "whole")) == 0
-    assert children.run("distill", (*command, tmp_path / "cut"), sabotage=("kd.fit.Meter.add", 6)) == -9
+    assert children.run("distill", (*command, tmp_path / "cut"), sabotage=("kd.meter.Meter.add", 6)) == -9
     assert children.run("distill", (*command, tmp_path / "cut")) == 0
     assert (tmp_path / "cut/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
     names = set(safetensors.torch.load_file(tmp_path / "cut/model.safetensors"))

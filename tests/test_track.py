@@ -67,7 +67,7 @@ def test_tensorboard_records_the_same_numbers(call, tmp_path):
 @pytest.mark.slow
 def test_wandb_offline_without_a_prompt_is_one_run_also_after_a_restart(tmp_path):
     command = (*SMALL, "--output_dir", tmp_path / "run", "--report_to", "wandb", "--checkpoint_every", 2)
-    statuses = children.run_several("train_teacher", command, 2, ("kd.fit.Meter.add:SIGTERM", 3))
+    statuses = children.run_several("train_teacher", command, 2, ("kd.meter.Meter.add:SIGTERM", 3))
     assert statuses == [143, 143]
     assert children.run_several("train_teacher", command, 2) == [0, 0]
     identity = json.loads((tmp_path / "run/tracker.json").read_text())["wandb_id"]
