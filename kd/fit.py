@@ -115,7 +115,8 @@ def fit(
                 place = {"step": progress.step, "epoch": step // per_epoch + 1, "images_seen": seen}
                 tracker.log({**place, **row, "lr": optimizer.param_groups[0]["lr"]})
                 bar.set_description(f"epoch {place['epoch']}/{config.epochs}", refresh=False)
-                bar.set_postfix_str("  ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in row.items()))
+                terms = [f"{k.removeprefix('train/')} {v:.4g}" for k, v in row.items() if k.startswith("train/")]
+                bar.set_postfix_str("  ".join([*terms, f"{row['images_per_second']:,.0f} images/s"]))
             if epoch_ends:
                 row = meter.end_epoch()
                 if data.val is not None:

@@ -17,7 +17,7 @@ from kd import cost, keyed
 from kd.errors import UserError
 from kd.models import View, build_classifier, build_network, freeze, load_classifier, state_hash
 from kd.models.dropout import KeyedDropout
-from kd.models.torchvision_nets import head_name
+from kd.models.torchvision_nets import head_name, names, replace_head
 
 CLASSES = [f"class {i}" for i in range(10)]
 
@@ -95,6 +95,23 @@ def test_torchvision_classifiers_take_a_new_head_and_a_frozen_backbone(tmp_path,
     assert changed <= trainable
     for key, value in trained.state_dict().items():
         assert head in key or torch.equal(before[key], value)
+
+
+@pytest.mark.slow
+def test_every_torchvision_classifier_has_a_head_that_is_found_and_replaced():
+    regnets = 0
+    for name in names():
+        if name.startswith("regnet"):  # cannot be built without memory: one stands for all
+            regnets += 1
+            if regnets > 1:
+                continue
+        with torch.device("cpu" if name.startswith("regnet") else "meta"):
+            network = build_network(name, 7)
+            head = head_name(network)
+            assert network.get_submodule(head).weight.shape[0] == 7, name
+            replace_head(network, 5)
+            assert network.get_submodule(head).weight.shape[0] == 5, name
+    assert len(names()) >= 80
 
 
 def test_frozen_survives_every_train_and_eval():
