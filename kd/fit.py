@@ -60,7 +60,7 @@ def fit(
     per_epoch = batches.steps_per_epoch
     total = config.epochs * per_epoch if config.max_steps is None else min(config.epochs * per_epoch, config.max_steps)
     progress, best = _resume(distiller, optimizer, accelerator, run)
-    tracker = Tracker(accelerator, run, config, progress.metrics_bytes)
+    tracker = Tracker(accelerator, run, config, distiller.objective(), progress.metrics_bytes)
     meter = Meter(list(distiller.losses), device, progress.sums, accelerator.is_main_process)
     folder, saved_step = run.folder / "checkpoints", progress.step if progress.step else None
     started = time.perf_counter() - progress.seconds

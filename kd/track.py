@@ -40,10 +40,11 @@ class Tracker:
     """Writes rows to metrics.jsonl and to the tracker chosen by `report_to`; only the main process writes.
 
     Args:
+        objective: the loss in words.
         keep_bytes: length of metrics.jsonl at the checkpoint the run goes on from; what follows it is cut off.
     """
 
-    def __init__(self, accelerator: Accelerator, run: Run, config, keep_bytes: int):
+    def __init__(self, accelerator: Accelerator, run: Run, config, objective: str, keep_bytes: int):
         self._accelerator, self._file = accelerator, None
         self.name = choose_tracker(config.report_to)
         if not run.is_main:
@@ -52,11 +53,11 @@ class Tracker:
         self._file.truncate(min(keep_bytes, self._file.tell()))
         self._file.seek(0, os.SEEK_END)
         if self.name == "wandb":
-            self._start_wandb(run, config)
+            self._start_wandb(run, config, objective)
         elif self.name == "tensorboard":
             accelerator.init_trackers("tensorboard", config=_flat(run.config))
 
-    def _start_wandb(self, run: Run, config) -> None:
+    def _start_wandb(self, run: Run, config, objective: str) -> None:
         """The same W&B run after a restart; offline rather than a prompt or a stop."""
         logging.getLogger("wandb").setLevel(logging.ERROR)
         note = run.folder / "tracker.json"
@@ -72,6 +73,10 @@ class Tracker:
             "resume": "allow",
             "dir": str(folder),
             "name": "/".join(folder.parts[-2:]),
+            # one experiment, its teacher, its student alone and its distilled ones, is one group
+            "group": folder.parent.name,
+            "job_type": "distill" if hasattr(config, "teacher") else "train",
+            "notes": objective,
             "config": run.config,
             "settings": {"silent": True},
         }
@@ -83,6 +88,8 @@ class Tracker:
                 if attempt == "offline":
                     raise
                 say(f"W&B cannot be reached ({' '.join(str(error).split())[:100]}); this run is logged offline")
+        for name, summary in (("val/accuracy", "max"), ("val/nll", "min"), ("train/loss", "min")):
+            self._accelerator.get_tracker("wandb", unwrap=True).define_metric(name, summary=summary)
         if attempt == "offline":
             say(f"W&B: logged offline; send it later with: wandb sync {run.folder}/wandb/offline-run-*{identity}")
 

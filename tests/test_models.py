@@ -63,14 +63,14 @@ def test_deeper_cnn_second_block_has_the_shape_of_layer1():
     ("name", "size"),
     [
         ("resnet18", 64),
-        ("mobilenet_v3_small", 64),
         ("squeezenet1_1", 64),
-        ("vgg11", 64),
-        ("googlenet", 64),
-        ("inception_v3", 96),
-        ("densenet121", 64),
-        ("shufflenet_v2_x0_5", 64),
-        ("vit_b_16", 224),
+        pytest.param("mobilenet_v3_small", 64, marks=pytest.mark.slow),
+        pytest.param("vgg11", 64, marks=pytest.mark.slow),
+        pytest.param("googlenet", 64, marks=pytest.mark.slow),
+        pytest.param("inception_v3", 96, marks=pytest.mark.slow),
+        pytest.param("densenet121", 64, marks=pytest.mark.slow),
+        pytest.param("shufflenet_v2_x0_5", 64, marks=pytest.mark.slow),
+        pytest.param("vit_b_16", 224, marks=pytest.mark.slow),
     ],
 )
 def test_torchvision_classifiers_take_a_new_head_and_a_frozen_backbone(tmp_path, name, size):

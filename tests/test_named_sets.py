@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision.datasets as sets
+from conftest import SHARED
 
 from kd.config import DataConfig
 from kd.data import load_data
@@ -120,3 +121,15 @@ def test_several_processes_download_once(tmp_path):
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert (tmp_path / "d" / "downloads").read_text() == "x"
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+@pytest.mark.skipif(not (SHARED / "data/imagenette96").is_dir(), reason="needs real images in ../shared/data")
+def test_a_real_parquet_folder():
+    data = load_data(DataConfig(source=str(SHARED / "data/imagenette96"), num_train=2000))
+    assert data.classes[:2] == ["tench", "English springer"]
+    assert data.image_shape == (3, 96, 96)
+    assert (len(data.train), len(data.test)) == (2000, 3925)
+    assert set(np.bincount(data.train.labels)) == {200}
+    assert 90 < data.train.store.images[data.train.places[:50]].mean() < 150

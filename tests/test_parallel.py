@@ -52,7 +52,7 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_give_the_losses_of_one(alone, tmp_path, count):
     assert children.run_several("train_teacher", (*ARGUMENTS, "--output_dir", tmp_path / "run"), count) == [0] * count
     close(rows(alone), rows(tmp_path / "run"), 1e-4)
@@ -72,6 +72,7 @@ def test_two_processes_killed_and_resumed_end_with_the_same_bytes(tmp_path):
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     command = (*ARGUMENTS, "--output_dir", tmp_path / "run")
     assert children.run_several("train_teacher", command, 2, ("kd.meter.Meter.add:SIGTERM", 3)) == [143, 143]
@@ -79,6 +80,7 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     close(rows(alone), rows(tmp_path / "run"), 1e-4)
 
 
+@pytest.mark.slow
 def test_distillation_and_evaluation_on_two_processes(teacher_run, tmp_path):
     command = (
         "--config",
@@ -110,6 +112,7 @@ def test_distillation_and_evaluation_on_two_processes(teacher_run, tmp_path):
     assert numbers[0]["nll"] == pytest.approx(numbers[1]["nll"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_failure_on_one_process_is_said_and_ends_both(tmp_path, image_folder):
     (image_folder / "train/red/03.png").write_bytes(b"no image")
     command = ("--model", "light_nn", "--data.source", image_folder, "--output_dir", tmp_path / "run")

@@ -74,6 +74,7 @@ def test_a_table_is_reused_by_other_students_seeds_and_losses_and_gives_the_same
         assert not more
 
 
+@pytest.mark.slow
 def test_other_images_views_teachers_and_taps_have_other_tables(distil, teacher_run, tmp_path, call):
     seed = ("--data.split_seed", 12)
     assert len(distil("base", *seed)[1]) == 1
@@ -84,6 +85,7 @@ def test_other_images_views_teachers_and_taps_have_other_tables(distil, teacher_
     assert len(distil("teacher", *seed, teacher=tmp_path / "other")[1]) == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_table_is_made_anew(distil, tmp_path):
     seed = ("--data.split_seed", 14)
     _, made = distil("first", *seed)
@@ -98,6 +100,7 @@ def test_a_damaged_table_is_made_anew(distil, tmp_path):
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "limit"),
     [(("--data.flip", "true"), None), (("--data.pad_crop", 1), None), (("--epochs", 1), None), ((), 10)],
@@ -112,6 +115,7 @@ def test_the_teacher_is_asked_where_views_are_random_images_seen_once_or_the_tab
     assert not made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1"])
 def test_a_frozen_backbones_features_give_the_run_of_the_network(call, tmp_path, name):
     torch.manual_seed(0)

@@ -73,10 +73,10 @@ def test_scripts_are_short(script):
 @pytest.mark.parametrize(
     ("script", "extra"),
     [
-        ("train_teacher", ["--help"]),
         ("distill", ["--help"]),
-        ("evaluate", ["--help"]),
-        ("distill", ["--teacher", "x", "--print_config"]),
+        pytest.param("train_teacher", ["--help"], marks=pytest.mark.slow),
+        pytest.param("evaluate", ["--help"], marks=pytest.mark.slow),
+        pytest.param("distill", ["--teacher", "x", "--print_config"], marks=pytest.mark.slow),
     ],
 )
 def test_help_imports_nothing_heavy(script, extra):

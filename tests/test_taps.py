@@ -102,6 +102,7 @@ def test_shapes_and_their_list(capsys):
     assert ["features.9", "MaxPool2d", "64x56x56"] in [line.split() for line in lines]
 
 
+@pytest.mark.slow
 def test_a_regressor_is_trained_resumed_and_not_exported(tmp_path):
     size = ("--data.num_train", 200, "--data.resize", 32, "--report_to", "none", "--log_every", 1)
     teacher = ("--model", "light_nn", *size, "--epochs", 1, "--output_dir", tmp_path / "teacher")
@@ -128,6 +129,7 @@ def test_a_regressor_is_trained_resumed_and_not_exported(tmp_path):
     ).keys()
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_regressor_give_the_losses_of_one(tmp_path):
     size = ("--data.num_train", 100, "--data.resize", 32, "--report_to", "none", "--log_every", 1, "--epochs", 1)
     teacher = ("--model", "light_nn", *size, "--output_dir", tmp_path / "teacher")
