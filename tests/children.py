@@ -13,8 +13,8 @@ import socket
 import sys
 import threading
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     ["kd.conclude", "kd.fit", "kd.setup", "kd.teachers", "sklearn.datasets", "torch._dynamo"]
 )
 
@@ -24,7 +24,7 @@ def start(script: str, arguments, environment: dict | None = None, sabotage: tup
 
     A dotted name may end in `:SIGNAL` to send another signal to itself instead.
     """
-    process = _context.Process(
+    process = CONTEXT.Process(
         target=_run, args=(script, [str(a) for a in arguments], dict(environment or {}), sabotage), daemon=True
     )
     process.start()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import sys
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 import torch
@@ -408,17 +407,13 @@ def _open_counting(folder: str, cache: str, log: str, ready) -> None:
 
 
 def test_two_processes_build_one_store(image_folder, tmp_path):
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    if sys.platform == "linux":
-        context.set_forkserver_preload(["kd.data"])  # torch is imported once, not twice
+    context = children.CONTEXT
     ready, log = context.Barrier(2), tmp_path / "log"
     arguments = (str(image_folder), str(tmp_path / "cache"), str(log), ready)
-    children = [context.Process(target=_open_counting, args=arguments) for _ in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    assert [child.exitcode for child in children] == [0, 0]
+    processes = [context.Process(target=_open_counting, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    assert children.finish(*processes) == [0, 0]
     lines = log.read_text().splitlines()
     expected = f"36 {sum(int(rgb(path).sum()) for path in files_of(image_folder, 'train'))}"
     assert sorted(lines) == sorted(["built", expected, expected])

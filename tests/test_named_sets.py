@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import pickle
 import struct
 import time
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 import torchvision.datasets as sets
@@ -113,13 +113,10 @@ def _download(folder):
 
 
 def test_several_processes_download_once(tmp_path):
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_download, args=(tmp_path / "d",)) for _ in range(3)]
+    processes = [children.CONTEXT.Process(target=_download, args=(tmp_path / "d",)) for _ in range(3)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert children.finish(*processes) == [0, 0, 0]
     assert (tmp_path / "d" / "downloads").read_text() == "x"
 
 

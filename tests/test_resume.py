@@ -37,6 +37,11 @@ ARGUMENTS = (
 TIMES = ("images_per_second", "epoch/images_per_second")
 
 
+def slow(*values) -> list:
+    """Parameters of the second tier."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def rows(folder: Path) -> list[dict]:
     """metrics.jsonl without what was measured with a clock."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -83,9 +88,7 @@ def test_killed_and_resumed(uninterrupted, tmp_path, moments):
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-@pytest.mark.parametrize(
-    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGUSR1"))]
-)
+@pytest.mark.parametrize("name", ["SIGTERM", *slow("SIGINT", "SIGUSR1")])
 def test_stopped_by_a_signal_saves_where_it_is(uninterrupted, tmp_path, name):
     command = (*ARGUMENTS, "--output_dir", tmp_path / "run", "--checkpoint_every", 1000)
     status = children.run("train_teacher", command, sabotage=(f"kd.meter.Meter.add:{name}", 7))
@@ -124,9 +127,7 @@ def test_distillation_is_resumed_too(teacher_run, tmp_path):
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "damage", ["flip", *(pytest.param(name, marks=pytest.mark.slow) for name in ("truncate", "missing", "state"))]
-)
+@pytest.mark.parametrize("damage", ["flip", *slow("truncate", "missing", "state")])
 def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, call, damage):
     command = (*ARGUMENTS, "--output_dir", tmp_path / "run")
     assert children.run("train_teacher", command, sabotage=("kd.meter.Meter.add", 7)) == -9
