@@ -4,8 +4,9 @@
 accelerate launch distill.py --config recipes/digits/kd.yaml --teacher runs/digits/teacher
 """
 
-from kd.config import DistillConfig, parse
+from kd.config import DistillConfig
 from kd.errors import run_script
+from kd.parse import parse
 
 
 def main(argv: list[str] | None = None) -> int:

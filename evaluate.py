@@ -6,8 +6,9 @@ python evaluate.py runs/digits/teacher runs/digits/student runs/digits/kd --repo
 
 from pathlib import Path
 
-from kd.config import EvaluateConfig, parse
+from kd.config import EvaluateConfig
 from kd.errors import run_script, say
+from kd.parse import parse
 
 
 def main(argv: list[str] | None = None) -> int:

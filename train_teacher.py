@@ -4,8 +4,9 @@
 accelerate launch train_teacher.py --config recipes/digits/teacher.yaml
 """
 
-from kd.config import TeacherConfig, parse
+from kd.config import TeacherConfig
 from kd.errors import UserError, run_script
+from kd.parse import parse
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from kd import cost, metrics
 from kd.conclude import device_name, versions
-from kd.config import DataConfig, EvaluateConfig, read_yaml
+from kd.config import DataConfig, EvaluateConfig
 from kd.data import Data, Split, load_data
 from kd.errors import UserError, say
 from kd.models import Classifier, load_classifier
+from kd.parse import read_yaml
 from kd.predict import predict
 from kd.runs import read_summary
 from kd.teachers import load_teacher

@@ -100,27 +100,29 @@ def precompute_backbone(classifier: Classifier, data: Data, config, accelerator)
     head = classifier.network.get_submodule(classifier.head)
     kept: list[Tensor] = []
 
-    def ask(images: Tensor) -> dict[str, Tensor]:
+    def ask(images: Tensor) -> tuple[Tensor, Tensor]:
         kept.clear()
         logits = classifier(images)
-        return {"features": kept[0], "logits": logits}
+        return kept[0], logits
+
+    def features_of(images: Tensor) -> dict[str, Tensor]:
+        return {"features": ask(images)[0]}
 
     handle = head.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0].float()))
     try:
         classifier.eval().to(accelerator.device)
         images, _, _ = data.train.read(np.arange(min(2, len(data.train))), accelerator.device)
         with torch.no_grad():
-            said = ask(images)
-            if not isinstance(head, nn.Linear) or not torch.allclose(head(said["features"]), said["logits"], atol=1e-4):
+            features, logits = ask(images)
+            if not isinstance(head, nn.Linear) or not torch.allclose(head(features), logits, atol=1e-4):
                 return data
         key = [_backbone_hash(classifier), repr(classifier.network), classifier.preprocess.view.to_dict()]
-        only_features = lambda images: {"features": ask(images)["features"]}  # noqa: E731
         tables = {}
         for name in ("train", "val"):
             split = getattr(data, name)
             if split is None:
                 continue
-            rows = _table("backbone", [*key, accelerator.mixed_precision], only_features, split, config, accelerator)
+            rows = _table("backbone", [*key, accelerator.mixed_precision], features_of, split, config, accelerator)
             if rows is None:
                 return data
             tables[name] = Split(Store(rows["features"], split.labels), np.arange(len(split)))

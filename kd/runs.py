@@ -19,8 +19,8 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-from kd.config import differing_fields, read_yaml
 from kd.errors import UserError, say
+from kd.parse import differing_fields, read_yaml
 
 FILES = ("config.yaml", "model.safetensors", "config.json", "metrics.jsonl", "summary.json", "tracker.json")
 

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from conftest import SMALL
 
-from kd.config import DistillConfig, TeacherConfig, differing_fields, parse
+from kd.config import DistillConfig, TeacherConfig
+from kd.parse import differing_fields, parse
 
 
 def losses(config) -> list[tuple]:

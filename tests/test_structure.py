@@ -19,6 +19,7 @@ ROOMS = (
     ("errors", "keyed", "outputs", "metrics", "cost", "parallel"),
     ("models", "data", "losses"),
     ("config",),
+    ("parse",),
     ("optim", "predict", "meter"),
     ("runs", "checkpoint", "distiller", "teachers"),
     ("precompute",),
@@ -124,7 +125,8 @@ def test_help_names_every_field_and_loss(capsys):
     "recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
 )
 def test_every_recipe_is_accepted_and_names_its_command(recipe):
-    from kd.config import DistillConfig, TeacherConfig, parse
+    from kd.config import DistillConfig, TeacherConfig
+    from kd.parse import parse
 
     kind = DistillConfig if "student:" in recipe.read_text() else TeacherConfig
     config = parse(kind, ["--config", str(recipe)])

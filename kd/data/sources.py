@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,10 @@ def find_source(source: str, download_dir: Path, image_column: str | None, label
     listing = [f"{file.relative_to(folder)}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in files]
     columns = [f"columns:{image_column}:{label_column}"]
     if any(file.suffix == ".parquet" for file, _ in files):
-        opener = lambda: _open_dataset(_load_parquet(folder), source, image_column, label_column, notes)  # noqa: E731
+        opener = partial(_open_parquet, folder, source, image_column, label_column, notes)
     else:
         paths = [file for file, _ in files if file.suffix.lower() in IMAGE_SUFFIXES]
-        opener = lambda: _open_folder(folder, paths, notes)  # noqa: E731
+        opener = partial(_open_folder, folder, paths, notes)
     return Source(folder.resolve().name, opener, _digest(columns + listing), notes)
 
 
@@ -164,6 +165,10 @@ def _load_hub(name: str):
             f"cannot load hub:{name} ({' '.join(str(error).split())[:200]}); check the name and the network, or "
             f"download its Parquet files to a folder and give that folder as data.source"
         ) from None
+
+
+def _open_parquet(folder: Path, source: str, image_column: str | None, label_column: str | None, notes: list[str]):
+    return _open_dataset(_load_parquet(folder), source, image_column, label_column, notes)
 
 
 def _load_parquet(folder: Path):

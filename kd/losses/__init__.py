@@ -1,6 +1,6 @@
 """The terms an objective can be made of, by name. One file a paper."""
 
-from kd.losses.base import FeatureLoss, Loss
+from kd.losses.base import FeatureLoss, Loss, SoftenedLoss
 from kd.losses.cross_entropy import CrossEntropy
 from kd.losses.double_softmax import DoubleSoftmax
 from kd.losses.features import CosineEmbedding, FeatureDistance
@@ -20,4 +20,4 @@ LOSSES: dict[str, type[Loss]] = {
     "SoftMAE": SoftMAE,
 }
 
-__all__ = ["LOSSES", "FeatureLoss", "Loss", *LOSSES]
+__all__ = ["LOSSES", "FeatureLoss", "Loss", "SoftenedLoss", *LOSSES]

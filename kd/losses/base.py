@@ -50,6 +50,21 @@ class Loss(nn.Module):
         raise NotImplementedError
 
 
+class SoftenedLoss(Loss):
+    """A loss on probabilities softened by a temperature: softmax(logits / temperature).
+
+    Args:
+        temperature: T, above 0; higher makes small probabilities count more.
+        weight: factor of this term in the objective.
+    """
+
+    def __init__(self, temperature: float, weight: float = 1.0):
+        super().__init__(weight)
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"{type(self).__name__}: temperature {temperature} must be a finite number above 0")
+        self.temperature = temperature
+
+
 class FeatureLoss(Loss):
     """A loss between one feature of the student and one of the teacher.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.base import Loss
+from kd.losses.base import SoftenedLoss
 from kd.outputs import Batch, Outputs
 
 
@@ -25,7 +25,7 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     return F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True) * temperature**2
 
 
-class KL(Loss):
+class KL(SoftenedLoss):
     """Kullback-Leibler divergence from the teacher's softened probabilities (Hinton et al. 2015).
 
     Args:
@@ -34,10 +34,7 @@ class KL(Loss):
     """
 
     def __init__(self, temperature: float = 4.0, weight: float = 1.0):
-        super().__init__(weight)
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"KL: temperature {temperature} must be a finite number above 0")
-        self.temperature = temperature
+        super().__init__(temperature, weight)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return kl_divergence(student.logits, teacher.logits, self.temperature)

@@ -9,19 +9,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.base import Loss
+from kd.losses.base import Loss, SoftenedLoss
 from kd.outputs import Batch, Outputs
 
 
-class _Softened(Loss):
-    def __init__(self, temperature: float, weight: float):
-        super().__init__(weight)
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"{type(self).__name__}: temperature {temperature} must be a finite number above 0")
-        self.temperature = temperature
-
-
-class SoftCrossEntropy(_Softened):
+class SoftCrossEntropy(SoftenedLoss):
     """T^2 times the cross entropy with the teacher's softened probabilities: KL plus the teacher's entropy.
 
     Args:
@@ -37,7 +29,7 @@ class SoftCrossEntropy(_Softened):
         return F.cross_entropy(student.logits / self.temperature, targets) * self.temperature**2
 
 
-class SoftMAE(_Softened):
+class SoftMAE(SoftenedLoss):
     """Mean absolute error between softened probabilities, over images and classes.
 
     Args:
