@@ -6,16 +6,17 @@ python evaluate.py runs/digits/teacher runs/digits/student runs/digits/kd --repo
 
 from pathlib import Path
 
-from kd.config import EvaluateConfig
 from kd.errors import run_script, say
-from kd.parse import parse
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure each run, print a table, write what is asked for; returns the exit status."""
+    from kd.config import EvaluateConfig  # all imports that take time are in here, where Ctrl-C is one line
+    from kd.parse import parse
+
     config = parse(EvaluateConfig, argv, positional="runs")
 
-    from accelerate import Accelerator  # imported here: --help needs none of it
+    from accelerate import Accelerator  # --help needs none of these
 
     from kd.evaluation import Evaluator, say_notes
     from kd.report import class_table, table, to_json, write_report

@@ -4,16 +4,17 @@
 accelerate launch train_teacher.py --config recipes/digits/teacher.yaml
 """
 
-from kd.config import TeacherConfig
 from kd.errors import UserError, run_script
-from kd.parse import parse
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train, and return the exit status: 0 when finished, 128 + the signal when a signal stopped it."""
+    from kd.config import TeacherConfig  # all imports that take time are in here, where Ctrl-C is one line
+    from kd.parse import parse
+
     config = parse(TeacherConfig, argv)
 
-    from kd.conclude import conclude  # imported here: --help and --print_config need none of it
+    from kd.conclude import conclude  # --help and --print_config need none of these
     from kd.data import load_data
     from kd.distiller import Distiller
     from kd.fit import fit
