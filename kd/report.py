@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 from kd.evaluation import Measured
@@ -103,35 +104,29 @@ def _accuracy_against_cost(results: list[Measured]) -> bytes:
 
     figure, axes = plt.subplots(figsize=(6.4, 4))
     kinds = {"trained on labels": ("o", "#2b6cb0"), "distilled": ("D", "#c05621")}
-    seen = set()
-    for i, result in enumerate(results):
+    # Where the labels of runs of equal cost go, the most accurate first, so that they do not cover each other.
+    sides = (("left", (9, 5)), ("right", (-9, -12)), ("left", (9, -12)), ("right", (-9, 5)))
+    seen: set[str] = set()
+    placed: dict[str, int] = {}
+    prefix = os.path.commonpath([result.name for result in results]) if len(results) > 1 else ""
+    for result in sorted(results, key=lambda result: -result.row["top1"]):
         row = result.row
         kind = "distilled" if row["teacher"] else "trained on labels"
         marker, colour = kinds[kind]
         share = row["top1"] / 100
         error = 100 * math.sqrt(share * (1 - share) / row["num_images"])
-        axes.errorbar(
-            row["multiply_adds"],
-            row["top1"],
-            yerr=error,
-            fmt=marker,
-            color=colour,
-            capsize=3,
-            markersize=8,
-            label=None if kind in seen else kind,
-        )
+        group = f"{math.log10(row['multiply_adds']):.1f}"
+        number = placed[group] = placed.get(group, -1) + 1
+        x = row["multiply_adds"] * 1.05**number  # a step aside, so that the bars do not cover each other
+        label = None if kind in seen else kind
+        axes.errorbar(x, row["top1"], yerr=error, fmt=marker, color=colour, capsize=3, markersize=8, label=label)
         seen.add(kind)
-        above = i % 2 == 0  # neighbours of equal cost are labelled on different sides
-        axes.annotate(
-            result.name,
-            (row["multiply_adds"], row["top1"]),
-            textcoords="offset points",
-            xytext=(9, 7 if above else -14),
-            fontsize=9,
-        )
+        side, offset = sides[number % len(sides)]
+        name = os.path.relpath(result.name, prefix) if prefix else result.name
+        axes.annotate(name, (x, row["top1"]), textcoords="offset points", xytext=offset, ha=side, fontsize=9)
     costs = [result.row["multiply_adds"] for result in results]
     axes.set_xscale("log")
-    axes.set_xlim(min(costs) / 2, max(costs) * 6)
+    axes.set_xlim(min(costs) / 3, max(costs) * 3)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.xaxis.set_minor_formatter("")
     axes.margins(y=0.25)
