@@ -21,8 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     from kd.evaluation import Evaluator, say_notes
     from kd.report import class_table, table, to_json, write_report
     from kd.runs import write_atomic
-    from kd.setup import on_cpu
+    from kd.setup import on_cpu, set_threads
 
+    set_threads()
     accelerator = Accelerator(cpu=on_cpu())
     evaluator = Evaluator(config, accelerator)
     results = [evaluator.measure(run) for run in config.runs]

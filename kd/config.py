@@ -15,6 +15,7 @@ FREE_FIELDS = (
     "report_to",
     "project",
     "checkpoint_every",
+    "num_threads",
     "data.cache_dir",
     "data.download_dir",
 )
@@ -163,6 +164,8 @@ class TrainConfig:
     """steps between two lines of metrics.jsonl"""
     checkpoint_every: int | None = None
     """steps between two checkpoints; null for one at the end of each epoch"""
+    num_threads: int | None = None
+    """CPU threads of each process; null for all cores, shared by this machine's processes, or $OMP_NUM_THREADS"""
     overwrite: bool = False
     """delete what an earlier run left in output_dir and start anew"""
     deterministic: bool = False
@@ -177,6 +180,10 @@ class TrainConfig:
         _require(
             self.checkpoint_every is None or self.checkpoint_every >= 1,
             f"checkpoint_every {self.checkpoint_every} must be 1 or more, or null",
+        )
+        _require(
+            self.num_threads is None or self.num_threads >= 1,
+            f"num_threads {self.num_threads} must be 1 or more, or null",
         )
         _require(self.output_dir != "", "output_dir is empty; name a folder")
         _require(not (self.init_from and self.weights), "give init_from or weights, not both")

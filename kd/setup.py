@@ -28,12 +28,27 @@ def make_accelerator(config) -> Accelerator:
             f"data.batch_size {config.data.batch_size} is not divisible by the {world} processes; "
             f"it is the global size, use for example {near}"
         )
+    set_threads(config.num_threads)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     arguments = tracker_arguments(config, config.output_dir)
     return Accelerator(cpu=on_cpu(), mixed_precision=_precision(config.mixed_precision), **arguments)
+
+
+def set_threads(asked: int | None = None) -> None:
+    """Use all cores of the CPU, shared by this machine's processes, unless the user said otherwise.
+
+    Without a config file `accelerate launch` sets OMP_NUM_THREADS to 1, and so does torchrun: on a laptop most of the CPU
+    would idle. A number of the user's own, other than 1, is kept.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if asked is None and launched and on_cpu() and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        asked = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if asked is not None:
+        torch.set_num_threads(asked)
 
 
 def on_cpu() -> bool:
@@ -128,4 +143,5 @@ def announce(distiller: Distiller, data: Data, config, accelerator: Accelerator)
     say(f"objective: {distiller.objective()}")
     world, batch = accelerator.num_processes, config.data.batch_size
     shares = f"batch {batch} = {world} x {batch // world}"
-    say(f"on {accelerator.device.type}, precision {accelerator.mixed_precision}, {shares}")
+    threads = f" with {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
+    say(f"on {accelerator.device.type}{threads}, precision {accelerator.mixed_precision}, {shares}")

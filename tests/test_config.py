@@ -104,3 +104,32 @@ def test_a_mean_of_teachers(teacher_run, tmp_path, teacher_mean):
         assert torch.allclose(logits, (one + other) / 2)
     else:
         assert torch.allclose(logits.softmax(1), (one.softmax(1) + other.softmax(1)) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked", "expected"),
+    [
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, None, 6),  # what `accelerate launch` sets
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no", "LOCAL_WORLD_SIZE": "2"}, None, 3),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "9"}, None, 1),
+        ({"OMP_NUM_THREADS": "4", "ACCELERATE_MIXED_PRECISION": "no"}, None, None),
+        ({"OMP_NUM_THREADS": "1"}, None, None),
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 2, 2),
+    ],
+)
+def test_the_launchers_single_thread_is_not_taken_for_the_users_wish(monkeypatch, environment, asked, expected):
+    import os
+
+    import torch
+
+    from kd.setup import set_threads
+
+    for name in ("OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    set_threads(asked)
+    assert chosen == ([] if expected is None else [expected])
