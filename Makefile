@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
-LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml --num_cpu_threads_per_process $(CORES)
 RUNS := runs/digits
 
 # Without byte code each start of Python compiles torch anew, which takes longer than the demo.

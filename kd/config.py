@@ -181,10 +181,7 @@ class TrainConfig:
             self.checkpoint_every is None or self.checkpoint_every >= 1,
             f"checkpoint_every {self.checkpoint_every} must be 1 or more, or null",
         )
-        _require(
-            self.num_threads is None or self.num_threads >= 1,
-            f"num_threads {self.num_threads} must be 1 or more, or null",
-        )
+        _require(self.num_threads is None or self.num_threads >= 1, f"num_threads {self.num_threads} must be 1 or more")
         _require(self.output_dir != "", "output_dir is empty; name a folder")
         _require(not (self.init_from and self.weights), "give init_from or weights, not both")
         _require(self.select == "last" or self.data.val_fraction > 0, "select best needs data.val_fraction above 0")

@@ -40,8 +40,8 @@ def make_accelerator(config) -> Accelerator:
 def set_threads(asked: int | None = None) -> None:
     """Use all cores of the CPU, shared by this machine's processes, unless the user said otherwise.
 
-    Without a config file `accelerate launch` sets OMP_NUM_THREADS to 1, and so does torchrun: on a laptop most of the CPU
-    would idle. A number of the user's own, other than 1, is kept.
+    Without a config file `accelerate launch` sets OMP_NUM_THREADS to 1, and so does torchrun: on a laptop most of the
+    CPU would idle. A number of the user's own, other than 1, is kept.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if asked is None and launched and on_cpu() and os.environ.get("OMP_NUM_THREADS") == "1":
