@@ -90,13 +90,14 @@ def _read(folder: Path, resize: int | None = None) -> tuple[list[str], dict[str,
         for split in meta["splits"]:
             images = np.load(folder / f"{split}-images.npy", mmap_mode="r")
             stores[split] = Store(images, np.load(folder / f"{split}-labels.npy"), f"{folder.name}/{split}")
-    except (OSError, ValueError, EOFError):
+        notes, skipped_images = meta["notes"], meta["skipped"]
+    except (OSError, ValueError, EOFError, KeyError):
         return None
     if any(_much_larger(store.images.shape[2:], resize) for store in stores.values()):
         return None
-    for note in meta["notes"]:
+    for note in notes:
         say(f"data: {note}")
-    for split, skipped in meta["skipped"].items():
+    for split, skipped in skipped_images.items():
         if skipped:
             say(f"data: {len(skipped)} unreadable images of {split} are left out: {', '.join(skipped[:3])}")
     return meta["classes"], stores
