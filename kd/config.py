@@ -223,7 +223,7 @@ class EvaluateConfig:
     """which images, of the split that the run itself was trained with"""
     source: str | None = None
     """other images than the run's own data.source; classes are matched by name"""
-    batch_size: int = 256
+    batch_size: int = 64
     """images at once"""
     json: str | None = None
     """write all numbers to this file"""
