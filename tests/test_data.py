@@ -406,6 +406,7 @@ def _open_counting(folder: str, cache: str, log: str, ready) -> None:
         file.write(f"{len(data.train)} {int(data.train.store.images.sum())}\n")
 
 
+@pytest.mark.slow
 def test_two_processes_build_one_store(image_folder, tmp_path):
     context = children.CONTEXT
     ready, log = context.Barrier(2), tmp_path / "log"

@@ -112,6 +112,7 @@ def _download(folder):
     find_source("cifar10", Path(folder), None, None).open()
 
 
+@pytest.mark.slow
 def test_several_processes_download_once(tmp_path):
     processes = [children.CONTEXT.Process(target=_download, args=(tmp_path / "d",)) for _ in range(3)]
     for process in processes:

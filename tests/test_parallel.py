@@ -62,6 +62,7 @@ def test_several_processes_give_the_losses_of_one(alone, tmp_path, count):
     assert several["test_nll"] == pytest.approx(one["test_nll"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_resumed_end_with_the_same_bytes(tmp_path):
     for name, sabotage in (("whole", None), ("cut", ("kd.meter.Meter.add:SIGTERM", 6))):
         status = children.run_several("train_teacher", (*ARGUMENTS, "--output_dir", tmp_path / name), 2, sabotage)

@@ -73,9 +73,12 @@ def uninterrupted(tmp_path_factory) -> Path:
         [("kd.meter.Meter.add", 1)],  # before the first checkpoint
         [("kd.meter.Meter.add", 4), ("kd.meter.Meter.add", 3), ("kd.meter.Meter.add", 6)],  # three times
         [("kd.checkpoint._write", 2), ("kd.checkpoint._write", 5)],  # inside a checkpoint's files
-        [("kd.checkpoint.os.rename", 3)],  # the checkpoint is whole but not renamed
-        [("kd.checkpoint.shutil.rmtree", 4)],  # while an old one is deleted
-        [("kd.runs.write_atomic", 3), ("kd.runs.write_atomic", 2)],  # between the results' files
+        # the checkpoint is whole but not renamed; while an old one is deleted; between the results' files
+        *slow(
+            [("kd.checkpoint.os.rename", 3)],
+            [("kd.checkpoint.shutil.rmtree", 4)],
+            [("kd.runs.write_atomic", 3), ("kd.runs.write_atomic", 2)],
+        ),
     ],
     ids=lambda moments: "+".join(f"{name.rpartition('.')[2]}{n}" for name, n in moments),
 )
