@@ -11,21 +11,13 @@ from pathlib import Path
 import children
 import pytest
 import yaml
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, UNEVEN
 from test_resume import rows
 
 # SGD: Adam divides by the size of tiny gradients and so magnifies rounding. 200 digits in batches of 48: the epoch's
 # last batch has 8 images. light_nn has dropout, whose masks do not depend on the number of processes either.
 ARGUMENTS = (
-    *SMALL,
-    "--model",
-    "light_nn",
-    "--data.resize",
-    32,
-    "--data.batch_size",
-    48,
-    "--data.flip",
-    "true",
+    *UNEVEN,
     "--optimizer.name",
     "sgd",
     "--optimizer.lr",

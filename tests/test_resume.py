@@ -8,21 +8,13 @@ from pathlib import Path
 
 import children
 import pytest
-from conftest import SMALL
+from conftest import UNEVEN
 
 from kd.checkpoint import checkpoints, load_newest
 
 # 200 digits in batches of 48: 5 steps an epoch, the last one uneven; dropout, flips and crops are all drawn.
 ARGUMENTS = (
-    *SMALL,
-    "--model",
-    "light_nn",
-    "--data.resize",
-    32,
-    "--data.batch_size",
-    48,
-    "--data.flip",
-    "true",
+    *UNEVEN,
     "--data.pad_crop",
     1,
     "--epochs",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -61,8 +60,3 @@ def read_image(image, channels: int, size: tuple[int, int] | None = None, fit: b
         picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BILINEAR)
     pixels = np.asarray(picture)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-
-def display_name(image) -> str:
-    """How an image is called in a message."""
-    return str(image) if isinstance(image, str | Path) else type(image).__name__

@@ -159,7 +159,7 @@ def _load_hub(name: str):
     import datasets
 
     try:
-        return _as_dict(datasets.load_dataset(name))
+        return dict(datasets.load_dataset(name))
     except Exception as error:  # the hub's errors have many types; all mean that the set is not there
         raise UserError(
             f"cannot load hub:{name} ({' '.join(str(error).split())[:200]}); check the name and the network, or "
@@ -176,15 +176,11 @@ def _load_parquet(folder: Path):
 
     datasets.disable_progress_bars()
     try:
-        return _as_dict(datasets.load_dataset(str(folder)))
+        return dict(datasets.load_dataset(str(folder)))
     except Exception as error:  # a damaged Parquet file raises one of many types
         raise UserError(
             f"data.source {str(folder)!r}: cannot read its Parquet files: {' '.join(str(error).split())[:200]}"
         ) from None
-
-
-def _as_dict(dataset) -> dict:
-    return dict(dataset.items())
 
 
 def _open_dataset(dataset: dict, source: str, image_column: str | None, label_column: str | None, notes: list[str]):
