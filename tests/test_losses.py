@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 
 import pytest
 import torch
 
 from kd.distiller import Distiller
+from kd.errors import UserError
 from kd.losses import (
     KL,
     LOSSES,
@@ -15,9 +18,9 @@ from kd.losses import (
     CrossEntropy,
     DoubleSoftmax,
     FeatureDistance,
-    FeatureLoss,
     FitNet,
     LogitsMSE,
+    Setting,
     SoftCrossEntropy,
     SoftMAE,
 )
@@ -81,37 +84,96 @@ def test_cross_entropy_equals_the_float64_reference(num_classes, smoothing):
 
 
 class Given(torch.nn.Module):
-    """A network whose logits (B, K) and one feature map, `map` (B, C, 5, 5), are given."""
+    """A network whose logits (B, K) and features, `width` channels wide in its first stage, are given."""
 
-    def __init__(self, logits, channels=3):
+    def __init__(self, logits, width):
         super().__init__()
+        shapes = {f"stage{i}": (width << i, 16 >> i, 16 >> i) for i in (1, 2, 3)} | {"pool": (width << 3,)}
+        self.classes = [str(i) for i in range(logits.shape[1])]
         self.logits = torch.nn.Parameter(logits)
-        self.map = torch.nn.Parameter(torch.randn(len(logits), channels, 5, 5).to(logits.dtype))
+        self.features = torch.nn.ParameterDict(
+            {name: torch.randn(len(logits), *shape).to(logits.dtype) for name, shape in shapes.items()}
+        )
 
     def tap(self, names):
-        assert list(names) == ["map"]
+        assert set(names) <= set(self.features)
 
     def outputs(self, images, keys=None):
-        return Outputs(self.logits, {"map": self.map})
+        count = len(self.logits) if images is None else len(images)
+        return Outputs(self.logits[:count], {name: feature[:count] for name, feature in self.features.items()})
 
 
-TAPS = {"student_tap": "map", "teacher_tap": "map"}
+STAGES = ["stage1", "stage2", "stage3"]
+# What a loss may be given as taps; the first that its setup accepts is taken.
+TAPS = (("stage3", STAGES, 2, 4), ("stage2", STAGES, 2, 2), ("pool", ["pool"], 2, 4), ("pool", ["pool"], 2, 2))
 
 
-def build(name, **arguments):
-    return LOSSES[name](**(TAPS if issubclass(LOSSES[name], FeatureLoss) else {}), **arguments)
+def build(name, *sizes, **arguments):
+    """A distiller of one loss, the teacher's outputs and a batch, of networks whose features suit the loss."""
+    return next(candidates(name, *sizes, **arguments))
 
 
-def distil(loss, student, teacher):
-    """The distiller of one loss, the teacher, and the loss's value."""
-    torch.manual_seed(1)
-    labels = torch.zeros(len(student), dtype=torch.long)
-    student, teacher = Given(student), Given(teacher)
-    distiller = Distiller(student, [loss], teacher, (3, 8, 8), seed=0)
-    said = teacher.outputs(None)
-    said = Outputs(said.logits.float(), {name: feature.float() for name, feature in said.features.items()})
-    terms = distiller(Batch(torch.empty(len(labels), 0), labels, labels), said)
-    return distiller, teacher, next(iter(terms.values()))
+def candidates(name, num_classes=5, size=6, logits=None, **arguments):
+    parameters = inspect.signature(LOSSES[name]).parameters
+    for one, several, *widths in TAPS:
+        kinds = {"student_tap": one, "teacher_tap": one, "student_taps": several, "teacher_taps": several}
+        taps = {key: value for key, value in kinds.items() if key in parameters}
+        torch.manual_seed(1)
+        both = logits if logits is not None else torch.randn(2, size, num_classes)
+        student, teacher = (Given(z.clone(), width) for z, width in zip(both, widths, strict=True))
+        everywhere = torch.arange(size + 2) % num_classes  # of the training set, of which the batch is the beginning
+        labels = everywhere[:size]
+        try:
+            loss = LOSSES[name](**taps, **arguments)
+            distiller = Distiller(student, [loss], teacher, (3, 16, 16), everywhere, seed=0)
+        except UserError as error:
+            refusal = error
+            continue
+        batch = Batch(torch.empty(size, 0), labels, torch.arange(size), torch.arange(size) + 1000)
+        said = teacher.outputs(None)
+        said = Outputs(said.logits.float(), {name: feature.float() for name, feature in said.features.items()})
+        yield distiller, said, batch
+    raise refusal
+
+
+def _images(outputs, rows):
+    return Outputs(outputs.logits[rows], {name: feature[rows] for name, feature in outputs.features.items()})
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_that_sees_the_batch_says_so(name):
+    """Any other is the mean of what it is on the batch's parts; and no other is computed on micro-batches."""
+    distiller, teacher, batch = build(name)
+    (loss,) = distiller.losses.values()
+    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in loss.modules()):
+        loss.eval()  # batch norm sees what it is given, in a loss as in a network
+
+    def value(rows, whole):
+        student = distiller.student.outputs(batch.images)
+        parts = (tensor[rows] for tensor in (batch.images, batch.labels, batch.index, batch.keys))
+        return loss(_images(student, rows), _images(teacher, rows), Batch(*parts, whole=whole)).item()
+
+    if loss.sees_batch:
+        with pytest.raises(UserError, match="set accumulate 1"):
+            value(slice(0, 2), whole=False)
+        return
+    mean = (2 * value(slice(0, 2), whole=False) + 4 * value(slice(2, 6), whole=False)) / 6
+    assert mean == pytest.approx(value(slice(0, 6), whole=True), rel=1e-5)
+
+
+def detached(outputs):
+    return Outputs(outputs.logits.detach(), {name: feature.detach() for name, feature in outputs.features.items()})
+
+
+def value_of(distiller, teacher, batch):
+    return next(iter(distiller(batch, detached(teacher)).values()))
+
+
+def gradients(module):
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+NEEDS_THREE_CLASSES = {"DKD"}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -119,51 +181,68 @@ def distil(loss, student, teacher):
 @pytest.mark.parametrize("size", [1, 6])
 def test_every_loss_is_finite_far_out_and_in_half_precision(name, num_classes, size):
     torch.manual_seed(0)
-    student = (torch.randint(0, 2, (size, num_classes)) * 2e4 - 1e4).half()
-    teacher = (torch.randint(0, 2, (size, num_classes)) * 2e4 - 1e4).half()
-    distiller, _, value = distil(build(name), student, teacher)
+    far = (torch.randint(0, 2, (2, size, num_classes)) * 2e4 - 1e4).half()
+    if num_classes == 2 and name in NEEDS_THREE_CLASSES:
+        with pytest.raises(UserError, match=f"{name}: .*classes"):
+            build(name, num_classes, size, logits=far)
+        return
+    distiller, teacher, batch = build(name, num_classes, size, logits=far)
+    value = value_of(distiller, teacher, batch)
     assert value.dtype == torch.float32
     assert value.shape == ()
     value.backward()
     assert value.isfinite()
-    gradients = [parameter.grad for parameter in distiller.parameters() if parameter.grad is not None]
-    assert gradients
-    assert all(gradient.isfinite().all() for gradient in gradients)
+    found = gradients(distiller)
+    assert found
+    assert all(gradient.isfinite().all() for gradient in found.values())
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_is_weighted_and_trains_exactly_what_is_its_own(name):
-    torch.manual_seed(0)
-    student, teacher = torch.randn(2, 6, 5)
-    once = distil(build(name, weight=1.0), student.clone(), teacher)[2]
-    loss = build(name, weight=3.0)
-    distiller, _, thrice = distil(loss, student.clone(), teacher)
-    assert thrice.item() == pytest.approx(3 * once.item(), rel=1e-6)
-    thrice.backward()
-    with_gradient = {key for key, parameter in distiller.named_parameters() if parameter.grad is not None}
-    own = {f"losses.{name}.{key}" for key, _ in loss.named_parameters()}
-    assert with_gradient - own == {"student.map" if issubclass(LOSSES[name], FeatureLoss) else "student.logits"}
-    assert own <= with_gradient
+    values = []
+    for weight in (1.0, 3.0):
+        distiller, teacher, batch = build(name, weight=weight)
+        values.append(value_of(distiller, teacher, batch))
+    assert values[1].item() == pytest.approx(3 * values[0].item(), rel=1e-5)
+    values[1].backward()
+    (loss,) = distiller.losses.values()
+    found = set(gradients(distiller))
+    own = {f"losses.{name}.{key}" for key, p in loss.named_parameters() if p.requires_grad}
+    tapped = {f"student.features.{tap}" for tap in loss.student_taps}
+    assert own <= found
+    assert found - own in ({"student.logits"}, tapped, tapped | {"student.logits"})
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_loss_sends_a_gradient_into_the_teacher_by_way_of_its_targets_alone(name):
     """The teacher's outputs come without gradients in the loop; here they have them, and the student's part is checked
     to be the same either way."""
-    torch.manual_seed(0)
-    student, teacher = torch.randn(2, 6, 5)
-    gradients = []
-    for detached in (True, False):
-        torch.manual_seed(1)
-        mine, theirs = Given(student.clone()), Given(teacher.clone())
-        labels = torch.zeros(6, dtype=torch.long)
-        distiller = Distiller(mine, [build(name)], theirs, (3, 8, 8))
-        said = theirs.outputs(None)
-        if detached:
-            said = Outputs(said.logits.detach(), {key: value.detach() for key, value in said.features.items()})
-        sum(distiller(Batch(torch.empty(6, 0), labels, labels), said).values()).backward()
-        gradients.append([p.grad for p in distiller.parameters() if p.grad is not None])
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    found = []
+    for keep in (True, False):
+        distiller, teacher, batch = build(name)
+        sum(distiller(batch, teacher if keep else detached(teacher)).values()).backward()
+        found.append(gradients(distiller))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(gradient, found[1][key]) for key, gradient in found[0].items())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_goes_on_exactly_from_its_state(name):
+    """What a loss keeps from step to step (a bank, statistics) is in the state dict."""
+    distiller, teacher, batch = build(name)
+    value_of(distiller, teacher, batch)
+    state = {key: value.clone() for key, value in distiller.state_dict().items()}
+    expected = value_of(distiller, teacher, batch)
+    distiller, teacher, batch = build(name)
+    distiller.load_state_dict(state)
+    assert torch.equal(value_of(distiller, teacher, batch), expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_lists_its_paper(name):
+    words = inspect.getdoc(LOSSES[name]).splitlines()[0]
+    assert len(words) <= 120
+    assert "http" in inspect.getdoc(sys.modules[LOSSES[name].__module__]) or not LOSSES[name].needs_teacher
 
 
 def test_feature_distances_equal_loops():
@@ -198,7 +277,7 @@ def test_cosine_distance_equals_loops_and_pools_the_teacher():
 
 def test_fitnet_learns_a_convolution_from_student_to_teacher():
     loss = FitNet("a", "b", kernel_size=3)
-    loss.setup({"a": (16, 8, 8)}, {"b": (32, 8, 8)})
+    loss.setup(Setting({"a": (16, 8, 8)}, {"b": (32, 8, 8)}))
     assert loss.regressor.weight.shape == (32, 16, 3, 3)
     one, other = torch.randn(2, 16, 8, 8), torch.randn(2, 32, 8, 8)
     expected = (loss.regressor(one) - other).square().mean()
@@ -238,13 +317,13 @@ def test_double_softmax_cannot_be_sure():
 )
 def test_features_that_cannot_be_compared_are_refused(loss, shapes, words):
     with pytest.raises(ValueError, match=words):
-        loss.setup({"a": shapes[0]}, {"b": shapes[1]})
+        loss.setup(Setting({"a": shapes[0]}, {"b": shapes[1]}))
 
 
 def test_terms_of_one_class_are_told_apart():
     logits = torch.randn(3, 4)
     labels = torch.zeros(3, dtype=torch.long)
-    distiller = Distiller(Given(logits), [KL(2.0), KL(4.0, weight=0.5), CrossEntropy(weight=0.1)])
+    distiller = Distiller(Given(logits, 2), [KL(2.0), KL(4.0, weight=0.5), CrossEntropy(weight=0.1)])
     terms = distiller(Batch(torch.empty(3, 0), labels, labels), Outputs(torch.randn(3, 4)))
     assert list(terms) == ["KL", "KL_2", "CrossEntropy"]
     assert (

@@ -1,23 +1,81 @@
 """The terms an objective can be made of, by name. One file a paper."""
 
-from kd.losses.base import FeatureLoss, Loss, SoftenedLoss
+from kd.losses.activation_boundary import AB
+from kd.losses.attention_transfer import AT
+from kd.losses.base import FeatureLoss, LogitLoss, Loss, RelationLoss, Setting, SoftenedLoss, StagesLoss
+from kd.losses.cka import CKA
+from kd.losses.correlation_congruence import CC
+from kd.losses.crd import CRD
 from kd.losses.cross_entropy import CrossEntropy
+from kd.losses.ctkd import CTKD
+from kd.losses.cwd import CWD
+from kd.losses.dist import DIST
+from kd.losses.dkd import DKD
 from kd.losses.double_softmax import DoubleSoftmax
+from kd.losses.factor_transfer import FT
 from kd.losses.features import CosineEmbedding, FeatureDistance
 from kd.losses.fitnet import FitNet
+from kd.losses.fsp import FSP
+from kd.losses.ickd import ICKD
+from kd.losses.irg import IRG
 from kd.losses.kl import KL
 from kd.losses.logits import LogitsMSE, SoftCrossEntropy, SoftMAE
+from kd.losses.mgd import MGD
+from kd.losses.mlkd import MLKD
+from kd.losses.nkd import NKD
+from kd.losses.nst import NST
+from kd.losses.ofd import OFD
+from kd.losses.pkt import PKT
+from kd.losses.review import ReviewKD
+from kd.losses.rkd import RKD
+from kd.losses.similarity import SP
+from kd.losses.simkd import SimKD
+from kd.losses.vid import VID
 
 LOSSES: dict[str, type[Loss]] = {
+    "AB": AB,
+    "AT": AT,
+    "CC": CC,
+    "CKA": CKA,
     "CosineEmbedding": CosineEmbedding,
+    "CRD": CRD,
     "CrossEntropy": CrossEntropy,
+    "CTKD": CTKD,
+    "CWD": CWD,
+    "DIST": DIST,
+    "DKD": DKD,
     "DoubleSoftmax": DoubleSoftmax,
     "FeatureDistance": FeatureDistance,
     "FitNet": FitNet,
+    "FSP": FSP,
+    "FT": FT,
+    "ICKD": ICKD,
+    "IRG": IRG,
     "KL": KL,
     "LogitsMSE": LogitsMSE,
+    "MGD": MGD,
+    "MLKD": MLKD,
+    "NKD": NKD,
+    "NST": NST,
+    "OFD": OFD,
+    "PKT": PKT,
+    "ReviewKD": ReviewKD,
+    "RKD": RKD,
+    "SimKD": SimKD,
     "SoftCrossEntropy": SoftCrossEntropy,
     "SoftMAE": SoftMAE,
+    "SP": SP,
+    "VID": VID,
 }
 
-__all__ = ["LOSSES", "FeatureLoss", "Loss", "SoftenedLoss", *LOSSES]
+__all__ = [
+    "LOSSES",
+    "FeatureLoss",
+    "LogitLoss",
+    "Loss",
+    "RelationLoss",
+    "Setting",
+    "SoftenedLoss",
+    "StagesLoss",
+    *LOSSES,
+]

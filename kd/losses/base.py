@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
 from torch import Tensor, nn
 
 from kd.outputs import Batch, Outputs
+from kd.parallel import global_rows
+
+
+@dataclass
+class Setting:
+    """What a loss is told before the first step.
+
+    student_shapes, teacher_shapes: shapes of the tapped features by tap name, without the batch axis.
+    num_classes: K.
+    labels: int64 (N,), the label at each place that `Batch.index` may name; -1 where no training image is.
+    """
+
+    student_shapes: dict[str, tuple] = field(default_factory=dict)
+    teacher_shapes: dict[str, tuple] = field(default_factory=dict)
+    num_classes: int | None = None
+    labels: Tensor | None = None
 
 
 class Loss(nn.Module):
@@ -15,53 +35,97 @@ class Loss(nn.Module):
 
     A loss on features names the modules it needs in `student_taps` and `teacher_taps` and finds their outputs in
     `Outputs.features`. What it must learn (a regressor) it builds in `setup` as submodules, from the features' shapes.
+
+    Under several processes `forward` sees this process's images, and the loop averages the processes' values by their
+    images. A loss that compares images with each other takes `global_rows`, so that it sees the whole global batch,
+    and says so by `sees_batch`, so that it is not computed on micro-batches of it. A buffer that the loss itself keeps
+    equal on all processes is named in `replicated`; any other is rank 0's.
     """
 
     needs_teacher = True
+    sees_batch = False
+    student_taps: Sequence[str] = ()
+    teacher_taps: Sequence[str] = ()
+    replicated: Sequence[str] = ()
 
     def __init__(self, weight: float = 1.0):
         super().__init__()
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"{type(self).__name__}: weight {weight} must be a finite number, 0 or more")
+        self.require(0 <= weight < float("inf"), f"weight {weight} must be a finite number, 0 or more")
         self.weight = weight
 
-    @property
-    def student_taps(self) -> list[str]:
-        """Dotted names of the student's modules whose outputs it needs."""
-        return []
+    def require(self, condition: bool, message: str) -> None:
+        """Raise a ValueError that names this loss unless the condition holds."""
+        if not condition:
+            raise ValueError(f"{type(self).__name__}: {message}")
 
-    @property
-    def teacher_taps(self) -> list[str]:
-        """Dotted names of the teacher's modules whose outputs it needs."""
-        return []
-
-    def setup(self, student_shapes: dict[str, tuple], teacher_shapes: dict[str, tuple]) -> None:
+    def setup(self, setting: Setting) -> None:
         """Build what is learned, and check what can be; called once, before the first step.
-
-        Args:
-            student_shapes, teacher_shapes: shapes of the tapped features by tap name, without the batch axis.
 
         Raises:
             ValueError: the shapes do not suit this loss.
         """
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
-        """The mean over this process's images, a scalar."""
+        """The mean over this process's images, or a function of the global batch that is equal on all processes."""
         raise NotImplementedError
 
 
-class SoftenedLoss(Loss):
+class LogitLoss(Loss):
+    """A loss between the student's and the teacher's logits.
+
+    Args:
+        standardize: compare each image's logits after taking their mean away and dividing by their standard deviation
+            (Sun et al. 2024, Logit Standardization in Knowledge Distillation, https://arxiv.org/abs/2403.01427,
+            equation 8; the paper combines it with temperature 2 and weight 9). Nothing else of a loss changes: a factor
+            T^2 stays, as in the authors' code. 3 classes or more.
+        weight: factor of this term in the objective.
+    """
+
+    def __init__(self, standardize: bool = False, weight: float = 1.0):
+        super().__init__(weight)
+        self.standardize = standardize
+
+    def setup(self, setting: Setting) -> None:
+        self.require(
+            not self.standardize or setting.num_classes is None or setting.num_classes > 2,
+            "standardize turns 2 classes' logits into -0.7 and 0.7 whatever they are: nothing is learned; leave it out",
+        )
+
+    def logits(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's logits (B, K), standardized if asked."""
+        pair = student.logits, teacher.logits
+        return tuple(map(z_score, pair)) if self.standardize else pair
+
+
+def z_score(rows: Tensor, epsilon: float = 1e-7) -> Tensor:
+    """(z - mean) / (standard deviation + epsilon) of each row of (B, K), the deviation with K - 1 in its denominator.
+
+    Epsilon and denominator are those of the authors' code of logit standardization. A row of equal entries becomes 0;
+    it is divided by 1, since dividing by epsilon would give it a gradient ten million times that of its neighbours.
+    """
+    scale = deviation(rows)
+    return (rows - rows.mean(1, keepdim=True)) / torch.where(scale > 0, scale + epsilon, 1.0)
+
+
+def deviation(logits: Tensor) -> Tensor:
+    """Standard deviation (B, 1) of each row; where all entries are equal it is 0 and so is its gradient."""
+    variance = logits.var(1, keepdim=True)
+    flat = variance == 0
+    return torch.where(flat, 0.0, torch.where(flat, 1.0, variance).sqrt())
+
+
+class SoftenedLoss(LogitLoss):
     """A loss on probabilities softened by a temperature: softmax(logits / temperature).
 
     Args:
         temperature: T, above 0; higher makes small probabilities count more.
+        standardize: see `LogitLoss`.
         weight: factor of this term in the objective.
     """
 
-    def __init__(self, temperature: float, weight: float = 1.0):
-        super().__init__(weight)
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"{type(self).__name__}: temperature {temperature} must be a finite number above 0")
+    def __init__(self, temperature: float, standardize: bool = False, weight: float = 1.0):
+        super().__init__(standardize, weight)
+        self.require(0 < temperature < float("inf"), f"temperature {temperature} must be a finite number above 0")
         self.temperature = temperature
 
 
@@ -85,14 +149,80 @@ class FeatureLoss(Loss):
     def teacher_taps(self) -> list[str]:
         return [self.teacher_tap]
 
+    def shapes(self, setting: Setting) -> tuple[tuple, tuple]:
+        """The shapes of the student's and the teacher's feature, without the batch axis."""
+        return setting.student_shapes[self.student_tap], setting.teacher_shapes[self.teacher_tap]
+
     def features(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
         """The student's and the teacher's feature."""
         return student.features[self.student_tap], teacher.features[self.teacher_tap]
 
-    def mismatch(self, student_shape: tuple, teacher_shape: tuple, remedy: str) -> ValueError:
+    def mismatch(self, setting: Setting, remedy: str) -> ValueError:
         """The error for two features that cannot be compared."""
-        shapes = [("x".join(map(str, shape))) for shape in (student_shape, teacher_shape)]
-        return ValueError(
-            f"{type(self).__name__}: the student's {self.student_tap} is {shapes[0]} and the teacher's "
-            f"{self.teacher_tap} is {shapes[1]}; {remedy}"
+        return _mismatch(self, self.student_tap, self.teacher_tap, setting, remedy)
+
+
+class StagesLoss(Loss):
+    """A loss between several features of the student and as many of the teacher, pair by pair.
+
+    Args:
+        student_taps, teacher_taps: dotted module names, in the order of the pairs; `python -m kd.models NAME` lists
+            them.
+        weight: factor of this term in the objective.
+    """
+
+    def __init__(self, student_taps: list[str], teacher_taps: list[str], weight: float = 1.0):
+        super().__init__(weight)
+        self.require(
+            len(student_taps) == len(teacher_taps) > 0,
+            f"{len(student_taps)} student_taps and {len(teacher_taps)} teacher_taps; name as many, in pairs",
         )
+        self.student_taps, self.teacher_taps = list(student_taps), list(teacher_taps)
+
+    def shapes(self, setting: Setting) -> list[tuple[tuple, tuple]]:
+        """For each pair the shapes of the student's and the teacher's feature, without the batch axis."""
+        mine = (setting.student_shapes[name] for name in self.student_taps)
+        return list(zip(mine, (setting.teacher_shapes[name] for name in self.teacher_taps), strict=True))
+
+    def features(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+        """For each pair the student's and the teacher's feature."""
+        mine = (student.features[name] for name in self.student_taps)
+        return list(zip(mine, (teacher.features[name] for name in self.teacher_taps), strict=True))
+
+    def mismatch(self, pair: int, setting: Setting, remedy: str) -> ValueError:
+        """The error for two features that cannot be compared."""
+        return _mismatch(self, self.student_taps[pair], self.teacher_taps[pair], setting, remedy)
+
+
+class RelationLoss(FeatureLoss):
+    """A loss on how the images of a batch relate to each other, in one feature of each network.
+
+    It sees the global batch: the features of all processes, with gradients. A batch of one image has no relations, and
+    the loss is 0.
+
+    Args:
+        student_tap, teacher_tap: dotted module names; `python -m kd.models NAME` lists them.
+        weight: factor of this term in the objective.
+    """
+
+    sees_batch = True
+
+    def features(self, student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's feature of the global batch, in its order."""
+        return tuple(global_rows(feature, batch) for feature in super().features(student, teacher))
+
+
+def ramp(epoch: int, warmup_epochs: int) -> float:
+    """A factor that rises linearly to 1 over the first epochs: (epoch + 1) / warmup_epochs, epochs counted from 0."""
+    return min(1.0, (epoch + 1) / warmup_epochs) if warmup_epochs else 1.0
+
+
+def _mismatch(loss: Loss, student_tap: str, teacher_tap: str, setting: Setting, remedy: str) -> ValueError:
+    mine, theirs = (
+        "x".join(map(str, shape))
+        for shape in (setting.student_shapes[student_tap], setting.teacher_shapes[teacher_tap])
+    )
+    return ValueError(
+        f"{type(loss).__name__}: the student's {student_tap} is {mine} and the teacher's {teacher_tap} is {theirs}; "
+        f"{remedy}"
+    )

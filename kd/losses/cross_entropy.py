@@ -22,8 +22,7 @@ class CrossEntropy(Loss):
 
     def __init__(self, label_smoothing: float = 0.0, weight: float = 1.0):
         super().__init__(weight)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"CrossEntropy: label_smoothing {label_smoothing} must be in [0, 1)")
+        self.require(0 <= label_smoothing < 1, f"label_smoothing {label_smoothing} must be in [0, 1)")
         self.label_smoothing = label_smoothing
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:

@@ -6,12 +6,13 @@ The forms of PyTorch's knowledge distillation tutorial
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.base import FeatureLoss
+from kd.losses.base import FeatureLoss, Setting
 from kd.outputs import Batch, Outputs
 
 DISTANCES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
@@ -36,10 +37,10 @@ class FeatureDistance(FeatureLoss):
         super().__init__(student_tap, teacher_tap, weight)
         self.distance = distance
 
-    def setup(self, student_shapes: dict[str, tuple], teacher_shapes: dict[str, tuple]) -> None:
-        shapes = student_shapes[self.student_tap], teacher_shapes[self.teacher_tap]
-        if shapes[0] != shapes[1]:
-            raise self.mismatch(*shapes, "tap modules of equal shape, or use FitNet, which learns a regressor")
+    def setup(self, setting: Setting) -> None:
+        mine, theirs = self.shapes(setting)
+        if mine != theirs:
+            raise self.mismatch(setting, "tap modules of equal shape, or use FitNet, which learns a regressor")
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return DISTANCES[self.distance](*self.features(student, teacher))
@@ -64,17 +65,10 @@ class CosineEmbedding(FeatureLoss):
         weight: factor of this term in the objective.
     """
 
-    def setup(self, student_shapes: dict[str, tuple], teacher_shapes: dict[str, tuple]) -> None:
-        shapes = student_shapes[self.student_tap], teacher_shapes[self.teacher_tap]
-        if _length(shapes[1]) < _length(shapes[0]):
-            raise self.mismatch(*shapes, "tap a module of the student that is no longer than the teacher's")
+    def setup(self, setting: Setting) -> None:
+        mine, theirs = self.shapes(setting)
+        if math.prod(theirs) < math.prod(mine):
+            raise self.mismatch(setting, "tap a module of the student that is no longer than the teacher's")
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return cosine_distance(*self.features(student, teacher))
-
-
-def _length(shape: tuple) -> int:
-    length = 1
-    for size in shape:
-        length *= size
-    return length

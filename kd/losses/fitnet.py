@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd.losses.base import FeatureLoss
+from kd.losses.base import FeatureLoss, Setting
 from kd.outputs import Batch, Outputs
 
 
@@ -26,14 +26,13 @@ class FitNet(FeatureLoss):
 
     def __init__(self, student_tap: str, teacher_tap: str, kernel_size: int = 1, weight: float = 1.0):
         super().__init__(student_tap, teacher_tap, weight)
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"FitNet: kernel_size {kernel_size} must be odd and above 0")
+        self.require(kernel_size % 2 == 1 and kernel_size > 0, f"kernel_size {kernel_size} must be odd and above 0")
         self.kernel_size = kernel_size
 
-    def setup(self, student_shapes: dict[str, tuple], teacher_shapes: dict[str, tuple]) -> None:
-        student, teacher = student_shapes[self.student_tap], teacher_shapes[self.teacher_tap]
+    def setup(self, setting: Setting) -> None:
+        student, teacher = self.shapes(setting)
         if len(student) != 3 or len(teacher) != 3 or student[1:] != teacher[1:]:
-            raise self.mismatch(student, teacher, "tap maps (CxHxW) of equal height and width")
+            raise self.mismatch(setting, "tap maps (CxHxW) of equal height and width")
         self.regressor = nn.Conv2d(student[0], teacher[0], self.kernel_size, padding=self.kernel_size // 2)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:

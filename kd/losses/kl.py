@@ -13,7 +13,7 @@ from kd.losses.base import SoftenedLoss
 from kd.outputs import Batch, Outputs
 
 
-def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor) -> Tensor:
     """T^2 * KL(teacher || student) at temperature T, the mean over the batch; logits (B, K), a scalar.
 
     Differs from the paper: KL instead of the cross entropy with the soft targets. They differ by the teacher's entropy,
@@ -30,11 +30,12 @@ class KL(SoftenedLoss):
 
     Args:
         temperature: T, above 0; higher makes the teacher's small probabilities count more.
+        standardize: see `LogitLoss`.
         weight: factor of this term in the objective.
     """
 
-    def __init__(self, temperature: float = 4.0, weight: float = 1.0):
-        super().__init__(temperature, weight)
+    def __init__(self, temperature: float = 4.0, standardize: bool = False, weight: float = 1.0):
+        super().__init__(temperature, standardize, weight)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
-        return kl_divergence(student.logits, teacher.logits, self.temperature)
+        return kl_divergence(*self.logits(student, teacher), self.temperature)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses.base import Loss, SoftenedLoss
+from kd.losses.base import LogitLoss, SoftenedLoss
 from kd.outputs import Batch, Outputs
 
 
@@ -18,15 +18,17 @@ class SoftCrossEntropy(SoftenedLoss):
 
     Args:
         temperature: T, above 0.
+        standardize: see `LogitLoss`.
         weight: factor of this term in the objective.
     """
 
-    def __init__(self, temperature: float = 4.0, weight: float = 1.0):
-        super().__init__(temperature, weight)
+    def __init__(self, temperature: float = 4.0, standardize: bool = False, weight: float = 1.0):
+        super().__init__(temperature, standardize, weight)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
-        targets = F.softmax(teacher.logits / self.temperature, dim=1)
-        return F.cross_entropy(student.logits / self.temperature, targets) * self.temperature**2
+        mine, theirs = self.logits(student, teacher)
+        targets = F.softmax(theirs / self.temperature, dim=1)
+        return F.cross_entropy(mine / self.temperature, targets) * self.temperature**2
 
 
 class SoftMAE(SoftenedLoss):
@@ -34,23 +36,25 @@ class SoftMAE(SoftenedLoss):
 
     Args:
         temperature: T, above 0.
+        standardize: see `LogitLoss`.
         weight: factor of this term in the objective.
     """
 
-    def __init__(self, temperature: float = 1.0, weight: float = 1.0):
-        super().__init__(temperature, weight)
+    def __init__(self, temperature: float = 1.0, standardize: bool = False, weight: float = 1.0):
+        super().__init__(temperature, standardize, weight)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
-        probabilities = (F.softmax(outputs.logits / self.temperature, dim=1) for outputs in (student, teacher))
+        probabilities = (F.softmax(logits / self.temperature, dim=1) for logits in self.logits(student, teacher))
         return F.l1_loss(*probabilities)
 
 
-class LogitsMSE(Loss):
+class LogitsMSE(LogitLoss):
     """Mean squared error between logits, over images and classes (Ba and Caruana: half the sum over classes).
 
     Args:
+        standardize: see `LogitLoss`.
         weight: factor of this term in the objective.
     """
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
-        return F.mse_loss(student.logits, teacher.logits)
+        return F.mse_loss(*self.logits(student, teacher))

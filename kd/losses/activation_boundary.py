@@ -1,0 +1,67 @@
+"""Distillation of Activation Boundaries. Heo, Lee, Yun, Choi. 2018. https://arxiv.org/abs/1811.03233
+
+The student's neurons, through a learned connector, are to be active where the teacher's are: before the ReLU they are
+pushed beyond a margin on the side of zero where the teacher's are (section 3, the alternative loss).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kd.losses.base import Setting, StagesLoss
+from kd.losses.parts import alike, connector, same_size
+from kd.outputs import Batch, Outputs
+
+
+def boundary_distance(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
+    """The squared hinge max(0, margin - s) where the teacher is above 0 and max(0, margin + s) elsewhere.
+
+    Args:
+        student, teacher: (B, C, H, W), before the ReLU.
+        margin: how far from zero the student need go.
+
+    Returns:
+        The sum over channels and places, the mean over images.
+    """
+    hinge = margin - torch.where(teacher > 0, student, -student)
+    return hinge.relu().square().flatten(1).sum(1).mean()
+
+
+class AB(StagesLoss):
+    """Hinge on which side of zero the neurons are, summed over the stages (Heo et al. 2018).
+
+    The numbers of the authors' code: 0.003 times the sum over a stage's elements, halved for each stage before the
+    last; the mean over images. The connector is a 1x1 convolution and batch norm, and nothing where both networks
+    have as many channels. Where height and width differ, the larger map is average-pooled to the smaller.
+
+    Differs from the paper: trained together with the other terms, not in a stage before them where nothing else is
+    trained; at the authors' scale it is at first much larger than a cross entropy.
+
+    Args:
+        student_taps, teacher_taps: dotted module names of maps (C, H, W) or vectors before the ReLU, from lower to
+            upper, in the order of the pairs.
+        margin: how far beyond zero a neuron is pushed, above 0.
+        weight: factor of this term in the objective.
+    """
+
+    SCALE = 3 / 1000
+
+    def __init__(self, student_taps: list[str], teacher_taps: list[str], margin: float = 1.0, weight: float = 1.0):
+        super().__init__(student_taps, teacher_taps, weight)
+        self.require(0 < margin < float("inf"), f"margin {margin} must be a finite number above 0")
+        self.margin = margin
+
+    def setup(self, setting: Setting) -> None:
+        self.connectors = nn.ModuleList()
+        for pair, (mine, theirs) in enumerate(self.shapes(setting)):
+            if not alike(mine, theirs):
+                raise self.mismatch(pair, setting, "tap two maps (CxHxW) or two vectors")
+            self.connectors.append(nn.Identity() if mine[0] == theirs[0] else connector(mine[0], theirs[0]))
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
+        total = 0.0
+        for connect, pair in zip(self.connectors, self.features(student, teacher), strict=True):
+            mine, theirs = same_size(*pair)
+            total = total / 2 + boundary_distance(connect(mine), theirs, self.margin)
+        return self.SCALE * total
