@@ -13,10 +13,14 @@ from PIL import Image
 from torch import nn
 
 import kd
+import kd.models.__main__ as list_taps
 from kd import cost, keyed
 from kd.errors import UserError
 from kd.models import View, build_classifier, build_network, freeze, load_classifier, state_hash
+from kd.models.cifar import CIFAR_NETS, SplitShuffle
 from kd.models.dropout import KeyedDropout
+from kd.models.small import SMALL_NETS
+from kd.models.taps import Taps
 from kd.models.torchvision_nets import head_name, names, replace_head
 
 CLASSES = [f"class {i}" for i in range(10)]
@@ -42,6 +46,177 @@ def test_small_networks_have_the_published_sizes(name, count, size, arguments):
         assert network(torch.zeros(2, 3, size, size)).shape == (2, 10)
     dropouts = [module for module in network.modules() if isinstance(module, nn.Dropout)]
     assert bool(dropouts) == (name in ("deep_nn", "light_nn") and arguments.get("dropout") != 0.0)
+
+
+# Parameters with 100 classes, those that the comparison's own code has, and the maps of 32x32 images: channels, side.
+CIFAR_SIZES = {
+    "resnet8": (83_892, [(16, 32), (32, 16), (64, 8)]),
+    "resnet14": (181_108, [(16, 32), (32, 16), (64, 8)]),
+    "resnet20": (278_324, [(16, 32), (32, 16), (64, 8)]),
+    "resnet32": (472_756, [(16, 32), (32, 16), (64, 8)]),
+    "resnet44": (667_188, [(16, 32), (32, 16), (64, 8)]),
+    "resnet56": (861_620, [(16, 32), (32, 16), (64, 8)]),
+    "resnet110": (1_736_564, [(16, 32), (32, 16), (64, 8)]),
+    "resnet8x4": (1_233_540, [(64, 32), (128, 16), (256, 8)]),
+    "resnet32x4": (7_433_860, [(64, 32), (128, 16), (256, 8)]),
+    "wrn_16_1": (180_916, [(16, 32), (32, 16), (64, 8)]),
+    "wrn_16_2": (703_284, [(32, 32), (64, 16), (128, 8)]),
+    "wrn_40_1": (569_780, [(16, 32), (32, 16), (64, 8)]),
+    "wrn_40_2": (2_255_156, [(32, 32), (64, 16), (128, 8)]),
+    "vgg8": (3_965_028, [(64, 32), (128, 16), (256, 8), (512, 4), (512, 4)]),
+    "vgg13_cifar": (9_462_180, [(64, 32), (128, 16), (256, 8), (512, 4), (512, 4)]),
+    "mobilenet_v2_half": (812_836, [(12, 16), (16, 8), (48, 4), (160, 2)]),
+    "shufflenet_v1": (949_258, [(240, 16), (480, 8), (960, 4)]),
+    "shufflenet_v2_cifar": (1_355_528, [(116, 16), (232, 8), (464, 4)]),
+}
+
+
+def outputs_of(network, names, images):
+    """The logits and the outputs of some modules."""
+    taps = Taps(network)
+    taps.add(names, "network")
+    logits = network(images)
+    return logits, taps.take()
+
+
+def unsettle(network):
+    """Batch norm as if after some training: no 0, no 1."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value, low, high in ((module.weight, 0.5, 1.5), (module.bias, -0.5, 0.5)):
+                nn.init.uniform_(value, low, high)
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2)
+    return network
+
+
+def test_every_cifar_network_is_counted_here_and_shadows_none_of_torchvision():
+    assert CIFAR_SIZES.keys() == CIFAR_NETS.keys()
+    assert not {*CIFAR_NETS, *SMALL_NETS} & set(names())
+    assert not CIFAR_NETS.keys() & SMALL_NETS.keys()
+
+
+@pytest.mark.parametrize("name", CIFAR_SIZES)
+def test_cifar_networks_have_the_comparisons_sizes_and_one_set_of_taps(name):
+    count, maps = CIFAR_SIZES[name]
+    torch.manual_seed(0)
+    network = unsettle(build_network(name, 100)).eval()
+    assert cost.num_params(network) == count
+    stages = [f"stage{i}" for i in range(1, len(maps) + 1)]
+    assert not hasattr(network, f"stage{len(maps) + 1}")
+    last = ["last"] if hasattr(network, "last") else []
+    taps = ["stem", *stages, *(f"{stage}.preact" for stage in stages + last), *last, "pool", "fc"]
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        logits, features = outputs_of(network, taps, images)
+    assert logits.shape == (2, 100)
+    assert torch.equal(features["fc"], logits)
+    assert head_name(network) == "fc"
+    assert features["stem"].ndim == 4
+    for stage, (channels, side) in zip(stages, maps, strict=True):
+        assert features[stage].shape == (2, channels, side, side)
+    for stage in stages + last:
+        before, after = features[f"{stage}.preact"], features[stage]
+        linear = name == "mobilenet_v2_half" and stage != "last"  # its blocks end without ReLU
+        assert torch.equal(after, before if linear else before.relu())
+        assert before.min() < 0 < before.max()
+    assert torch.allclose(features["pool"], features[(stages + last)[-1]].mean((2, 3)), atol=1e-5)
+    assert torch.allclose(network.fc(features["pool"]), logits)
+
+
+LONG = {"resnet32", "resnet44", "resnet56", "resnet110", "resnet32x4", "wrn_40_1"}  # as the shorter ones, but slower
+
+
+@pytest.mark.parametrize("name", [name for name in CIFAR_SIZES if name not in LONG])
+def test_cifar_networks_learn_in_every_part_and_take_other_sizes_and_orders_in_memory(name):
+    torch.manual_seed(0)
+    network = unsettle(build_network(name, 1))
+    images = torch.randn(3, 3, 16, 20)
+    statistics = {key: value.clone() for key, value in network.named_buffers()}
+    network(images).square().sum().backward()
+    for key, parameter in network.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+        assert parameter.grad.any() or key.endswith("bias"), key  # batch norm takes away what a bias adds before it
+    assert not any(torch.equal(value, statistics[key]) for key, value in network.named_buffers())
+    network.eval()
+    with torch.no_grad():
+        logits = network(images)
+        assert torch.equal(network(images), logits)
+        assert torch.allclose(network(images.contiguous(memory_format=torch.channels_last)), logits, atol=1e-4)
+        assert torch.allclose(network(images[:1]), logits[:1], atol=1e-4)
+        assert build_network(name, 1000).eval()(images[:1]).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_2", "vgg8", "mobilenet_v2_half"])
+def test_first_weights_are_hes_by_fan_out(name):
+    torch.manual_seed(0)
+    network = build_network(name, 100)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 4000:
+            expected = (2 / (module.weight.shape[0] * module.kernel_size[0] * module.kernel_size[1])) ** 0.5
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.05)
+            assert module.bias is None or not module.bias.any()
+    if name in ("vgg8", "mobilenet_v2_half"):
+        assert network.fc.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert network.fc.bias.any() == (name == "resnet8")
+
+
+def naive_wide_resnet(network, images, depth):
+    """The original order: batch norm and ReLU start each block, whose result the shortcut takes if it is no copy."""
+    convs = iter([module for module in network.modules() if isinstance(module, nn.Conv2d)])
+    norms = iter([module for module in network.modules() if isinstance(module, nn.BatchNorm2d)])
+    x = next(convs)(images)
+    for stage in range(3):
+        for block in range((depth - 4) // 6):
+            activated = next(norms)(x).relu()
+            first = next(convs)
+            inner = next(convs)(next(norms)(first(activated)).relu())
+            copied = first.in_channels == first.out_channels
+            assert first.stride == ((2, 2) if stage and not block else (1, 1))
+            x = inner + (x if copied else next(convs)(activated))
+    x = next(norms)(x).relu()
+    assert next(convs, None) is next(norms, None) is None
+    return network.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("name", "depth"), [("wrn_16_1", 16), ("wrn_16_2", 16), ("wrn_40_2", 40)])
+@pytest.mark.parametrize("training", [True, False])
+def test_wide_resnets_are_those_of_the_original_order(name, depth, training):
+    torch.manual_seed(0)
+    network = unsettle(build_network(name, 7)).double().train(training)
+    images = torch.randn(4, 3, 16, 16, dtype=torch.double)
+    assert torch.allclose(network(images), naive_wide_resnet(network, images, depth), rtol=1e-9)
+
+
+def test_a_shuffle_block_may_take_its_relu_after_the_shuffle():
+    torch.manual_seed(0)
+    block = build_network("shufflenet_v2_cifar", 5).eval().stage1[2]
+    assert isinstance(block, SplitShuffle)
+    x = torch.randn(2, 116, 8, 8).relu()
+    past, through = x[:, :58], block.branch(x[:, 58:]).relu()
+    expected = torch.stack((past, through), 2).flatten(1, 2)  # 0, 58, 1, 59, ...
+    assert torch.equal(block(x).relu(), expected)
+
+
+def test_the_modules_of_a_cifar_network_are_listed(capsys):
+    list_taps.main(["resnet20", "--num_classes", "100"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "resnet20: 278,324 parameters, images 3x32x32"
+    rows = [line.split() for line in lines]
+    assert ["stage2.preact", "Identity", "32x16x16"] in rows
+    assert ["pool", "Sequential", "64"] in rows
+
+
+def test_the_help_names_every_network_of_this_project(capsys):
+    import distill
+    import train_teacher
+
+    for script in (distill, train_teacher):
+        with pytest.raises(SystemExit):
+            script.main(["--help"])
+        words = set(capsys.readouterr().out.replace(",", " ").replace(";", " ").split())
+        assert {*CIFAR_NETS, *SMALL_NETS} <= words
 
 
 def test_deeper_cnn_is_not_cheaper_than_resnet18():
@@ -250,3 +425,25 @@ def test_pretrained_weights_from_torchs_cache(monkeypatch):
     assert build_classifier("squeezenet1_1", CLASSES, View(), weights="imagenet").network(
         torch.zeros(1, 3, 64, 64)
     ).shape == (1, 10)
+
+
+def test_known_networks_get_channels_last_images_and_a_users_own_may_use_view():
+    from kd.models import Classifier
+
+    class Own(torch.nn.Module):
+        def __init__(self, num_classes):
+            super().__init__()
+            self.fc = torch.nn.Linear(3 * 8 * 8, num_classes)
+
+        def forward(self, images):
+            return self.fc(images.view(len(images), -1))
+
+    images, seen = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), []
+    known = build_classifier("light_nn", ["a", "b"], View())
+    known.network.features[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    logits = known.eval()(images)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    plain = known.network(known.preprocess(images))
+    assert torch.allclose(logits, plain, atol=1e-5)
+    own = Classifier(Own(2), View(resize=8), ["a", "b"], {"model": "my.Own", "model_args": {}})
+    assert own(images).shape == (2, 2)

@@ -81,7 +81,8 @@ def test_torchvisions_resnet_overwrites_bn2_and_the_tap_does_not_see_it():
     with torch.no_grad():
         got = model.outputs(images).features["layer1.0.bn2"]
         net = model.network
-        x = net.maxpool(net.relu(net.bn1(net.conv1(model.preprocess(images)))))
+        prepared = model.preprocess(images).contiguous(memory_format=torch.channels_last)
+        x = net.maxpool(net.relu(net.bn1(net.conv1(prepared))))
         block = net.layer1[0]
         assert torch.allclose(got, block.bn2(block.conv2(block.relu(block.bn1(block.conv1(x))))), atol=1e-6)
 

@@ -17,14 +17,28 @@ from torch import Tensor, nn
 
 from kd.errors import UserError, unknown
 from kd.models import torchvision_nets
+from kd.models.cifar import CIFAR_NETS
 from kd.models.dropout import use_keyed_dropout
 from kd.models.frozen import freeze, freeze_all_but, state_hash
 from kd.models.preprocess import Preprocess, View
+from kd.models.reused_head import ReusedHead, reuse_head
 from kd.models.small import SMALL_NETS
 from kd.models.taps import Taps
 from kd.outputs import Outputs
 
-__all__ = ["Classifier", "View", "build_classifier", "build_network", "freeze", "load_classifier", "state_hash"]
+__all__ = [
+    "Classifier",
+    "View",
+    "build_classifier",
+    "build_network",
+    "freeze",
+    "load_classifier",
+    "reuse_head",
+    "state_hash",
+]
+
+_OWN_NETS = {**SMALL_NETS, **CIFAR_NETS}
+_MADE_BY_SCRIPTS = {"reused_head": ReusedHead}  # known to a run's config.json, not to a user's flags
 
 
 class Classifier(nn.Module):
@@ -46,6 +60,9 @@ class Classifier(nn.Module):
         self.classes = list(classes)
         self.recipe = recipe
         self._dropouts = use_keyed_dropout(network)
+        # A network of the user's own may use `view`, which channels_last breaks.
+        model = recipe["model_args"]["student"] if recipe["model"] == "reused_head" else recipe["model"]
+        self._any_order = model in model_names()
         self._taps = Taps(network)
         self.head: str | None = None  # the head's dotted name where all else is frozen
 
@@ -67,7 +84,11 @@ class Classifier(nn.Module):
         for dropout in self._dropouts:
             dropout.keys = keys
         self._taps.clear()
-        return Outputs(self.network(self.preprocess(images)), self._taps.take())
+        prepared = self.preprocess(images)
+        if self._any_order and (images.device.type == "cpu" or torch.is_autocast_enabled(images.device.type)):
+            # Convolutions follow their input's order in memory; this one is faster on CPUs and in half precision.
+            prepared = prepared.contiguous(memory_format=torch.channels_last)
+        return Outputs(self.network(prepared), self._taps.take())
 
     def forward(self, images: Tensor) -> Tensor:
         return self.outputs(images).logits
@@ -98,6 +119,14 @@ class Classifier(nn.Module):
         self.train(was_training)
         return results
 
+    def twin(self) -> Classifier:
+        """The same classifier with random weights, without taps, to be filled with weights."""
+        with torch.random.fork_rng(devices=[]):
+            network = build_network(self.recipe["model"], len(self.classes), self.recipe["model_args"])
+        twin = Classifier(network, self.preprocess.view, self.classes, self.recipe)
+        twin.head = self.head
+        return twin
+
     def files(self) -> dict[str, bytes]:
         """The content of `model.safetensors` and `config.json`, from which `load_classifier` makes it again."""
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
@@ -114,7 +143,7 @@ class Classifier(nn.Module):
 
 def model_names() -> list[str]:
     """All known names: this project's networks and torchvision's."""
-    return [*SMALL_NETS, *torchvision_nets.names()]
+    return [*_OWN_NETS, *torchvision_nets.names()]
 
 
 def build_network(name: str, num_classes: int, model_args: dict | None = None) -> nn.Module:
@@ -131,7 +160,7 @@ def build_network(name: str, num_classes: int, model_args: dict | None = None) -
     arguments = dict(model_args or {})
     if _of_torchvision(name):
         return torchvision_nets.build_torchvision(name, num_classes, **arguments)
-    builder = SMALL_NETS.get(name) or _import(name)
+    builder = {**_OWN_NETS, **_MADE_BY_SCRIPTS}.get(name) or _import(name)
     signature = inspect.signature(builder)
     if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
         for key in arguments:
@@ -145,7 +174,7 @@ def build_network(name: str, num_classes: int, model_args: dict | None = None) -
 
 
 def _of_torchvision(name: str) -> bool:
-    return name not in SMALL_NETS and name in torchvision_nets.names()
+    return name not in _OWN_NETS and name in torchvision_nets.names()
 
 
 def _import(path: str):

@@ -13,11 +13,11 @@ def main(argv: list[str] | None = None) -> int:
     """Print each module's dotted name, kind and output shape (without the batch axis)."""
     parser = argparse.ArgumentParser(prog="python -m kd.models", description=__doc__)
     parser.add_argument("name", help="a network by name or import path")
-    parser.add_argument("--size", type=int, help="side of the images in pixels; default the network's own, or 224")
+    parser.add_argument("--size", type=int, help="side of the images in pixels; default the network's usual, or 224")
     parser.add_argument("--num_classes", type=int, default=10)
     arguments = parser.parse_args(argv)
     network = build_network(arguments.name, arguments.num_classes)
-    size = arguments.size or getattr(network, "image_size", None) or 224
+    size = arguments.size or getattr(network, "image_size", None) or getattr(network, "usual_size", 224)
     try:
         shapes = tap_shapes(network, (3, size, size))
     except RuntimeError as error:

@@ -1,0 +1,189 @@
+"""Knowledge Distillation with the Reused Teacher Classifier (SimKD). Chen et al. 2022. https://arxiv.org/abs/2203.14001
+
+The student keeps its own layers up to its last feature map, a projector gives that map the teacher's channels, and the
+average of the result goes through the teacher's head, which stays as it is. So the better the map resembles the
+teacher's, the more the student answers like it; the paper trains on nothing but their mean squared difference.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from kd.errors import UserError
+from kd.models.cifar import CifarNet
+from kd.models.frozen import freeze
+from kd.models.torchvision_nets import head_name
+
+
+class ReusedHead(nn.Module):
+    """A student's `body`, the `projector` behind it, `pool`, and a frozen head `fc`; float images to logits (B, K).
+
+    Where the student's map is larger than the teacher's, `align` averages it down to that size first, as the authors'
+    code does; where it is smaller the loss must do so to the teacher's.
+
+    Args:
+        num_classes: K.
+        student: the student's name, as `build_network` takes it.
+        student_args: its arguments.
+        student_tap: dotted name of the module that gives its last feature map.
+        student_map: the shape (C, H, W) of that map.
+        teacher_map: the shape of the map whose average the teacher's head takes.
+        factor: the projector's inner convolution has the teacher's channels divided by this; of 2, 4 and 8, for which
+            the authors report results, 2 is the best.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        student: str,
+        student_args: dict,
+        student_tap: str,
+        student_map: list[int],
+        teacher_map: list[int],
+        factor: int = 2,
+    ):
+        from kd.models import build_network  # which knows this class
+
+        super().__init__()
+        (mine, *sides), (theirs, *wanted) = student_map, teacher_map
+        inner = max(1, theirs // factor)
+        layers = []
+        for channels_in, channels_out, size in ((mine, inner, 1), (inner, inner, 3), (inner, theirs, 1)):
+            layers += [nn.Conv2d(channels_in, channels_out, size, padding=size // 2, bias=False)]
+            layers += [nn.BatchNorm2d(channels_out), nn.ReLU()]
+        self.body = up_to(build_network(student, num_classes, student_args), student_tap)
+        self.align = _align(sides, [min(pair) for pair in zip(sides, wanted, strict=True)])
+        self.projector = nn.Sequential(*layers)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = freeze(nn.Linear(theirs, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.pool(self.projector(self.align(self.body(images)))))
+
+
+def _align(sides: list[int], wanted: list[int]) -> nn.Module:
+    if sides == wanted:
+        return nn.Identity()
+    if any(side % size for side, size in zip(sides, wanted, strict=True)):
+        return nn.AdaptiveAvgPool2d(wanted)  # its gradient on a GPU is not deterministic; that of the next is
+    return nn.AvgPool2d([side // size for side, size in zip(sides, wanted, strict=True)])
+
+
+def up_to(network: nn.Module, tap: str) -> nn.Sequential:
+    """The modules of a network that runs them one after another, up to the one called `tap`; names stay."""
+    first, _, rest = tap.partition(".")
+    children = OrderedDict()
+    for name, child in network.named_children():
+        children[name] = up_to(child, rest) if rest and name == first else child
+        if name == first:
+            break
+    return nn.Sequential(children)
+
+
+def last_map(name: str, network: nn.Module) -> str:
+    """The module that gives the last feature map which is the network's own size, where that is known.
+
+    Raises:
+        UserError: it is not known.
+    """
+    import torchvision  # takes seconds
+
+    if isinstance(network, CifarNet):
+        return [child for child, _ in network.named_children() if child.startswith("stage")][-1]
+    if isinstance(network, torchvision.models.ResNet):
+        return "layer4"
+    raise UserError(
+        f"reuse_head: the last feature map of {name} is not known; name its module in reuse_tap "
+        f"(python -m kd.models {name} lists them)"
+    )
+
+
+@torch.no_grad()
+def averaged_map(teacher, image_shape: tuple[int, int, int]) -> list[int]:
+    """The shape (C, H, W) of the map whose average a classifier's head takes, found with images of noise.
+
+    Raises:
+        UserError: the head is no linear layer, or takes something else.
+    """
+    head = teacher.network.get_submodule(head_name(teacher.network))
+    maps, taken = [], []
+
+    def note(_module, _inputs, output):
+        if isinstance(output, Tensor) and output.ndim == 4:
+            maps.append((list(output.shape[1:]), output.mean((2, 3))))
+
+    modules = [module for module in teacher.network.modules() if module is not teacher.network]
+    handles = [module.register_forward_hook(note) for module in modules]
+    handles.append(head.register_forward_pre_hook(lambda _module, inputs: taken.append(inputs[0])))
+    try:
+        teacher.eval()(_noise(image_shape).to(teacher.preprocess.scale.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for shape, mean in maps if taken and isinstance(head, nn.Linear) else []:
+        if mean.shape == taken[0].shape and torch.allclose(mean, taken[0], 1e-3, 1e-5):
+            return shape
+    raise UserError(
+        f"reuse_head: the head of the teacher, a {teacher.recipe['model']}, is not one linear layer on the average "
+        f"of a feature map; use a teacher that ends so, such as a ResNet"
+    )
+
+
+def _noise(image_shape: tuple[int, int, int]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (2, *image_shape), generator=generator, dtype=torch.uint8)
+
+
+@torch.no_grad()
+def reuse_head(student, teacher, image_shape: tuple[int, int, int], tap: str | None = None):
+    """A classifier made of a student's body with its weights, a new projector and the teacher's head.
+
+    Args:
+        student, teacher: `Classifier`s of the same classes, in any order; the teacher may know more.
+        image_shape: (C, H, W) of the stored images.
+        tap: the module of the student that gives its last feature map; found where it is None.
+
+    Raises:
+        UserError: the student's last map is not known or cannot be cut out, or the teacher's head does not suit.
+    """
+    from kd.models import Classifier, build_network
+
+    teacher_map = averaged_map(teacher, image_shape)
+    name, noise = student.recipe["model"], _noise(image_shape)
+    tap = tap or last_map(name, student.network)
+    student.tap([tap])
+    expected = student.eval().outputs(noise).features[tap]
+    if expected.ndim != 4:
+        shape = "x".join(map(str, expected.shape[1:]))
+        raise UserError(f"reuse_tap {tap!r} of {name} gives {shape}; name a module that gives a map, CxHxW")
+    model_args = {
+        "student": name,
+        "student_args": student.recipe["model_args"],
+        "student_tap": tap,
+        "student_map": list(expected.shape[1:]),
+        "teacher_map": teacher_map,
+    }
+    network = build_network("reused_head", len(student.classes), model_args)
+    state = student.network.state_dict()
+    network.body.load_state_dict({key: state[key] for key in network.body.state_dict()})
+    recipe = {"model": "reused_head", "model_args": model_args}
+    whole = Classifier(network, student.preprocess.view, student.classes, recipe)
+    try:
+        again = network.eval().body(student.preprocess(noise))
+        # Of the largest entry: in a deep network of random weights rounding is that of numbers far above small ones.
+        same = again.shape == expected.shape and (again - expected).abs().max() <= 1e-3 * expected.abs().max()
+    except (RuntimeError, ValueError, TypeError):
+        same = False
+    if not same:
+        raise UserError(
+            f"reuse_head: {name} does not run its modules one after another up to {tap!r}, so it cannot be cut there; "
+            f"name another module in reuse_tap"
+        )
+    head = teacher.network.get_submodule(head_name(teacher.network))
+    rows = [teacher.classes.index(known) for known in student.classes]
+    network.fc.weight.copy_(head.weight[rows])
+    network.fc.bias.copy_(0 if head.bias is None else head.bias[rows])
+    return whole.train()
