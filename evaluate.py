@@ -4,6 +4,8 @@
 python evaluate.py runs/digits/teacher runs/digits/student runs/digits/kd --report runs/digits/report
 """
 
+import contextlib
+import sys
 from pathlib import Path
 
 from kd.errors import run_script, say
@@ -15,32 +17,37 @@ def main(argv: list[str] | None = None) -> int:
     from kd.parse import parse
 
     config = parse(EvaluateConfig, argv, positional="runs")
+    runs = list(dict.fromkeys(config.runs))
 
     from accelerate import Accelerator  # --help needs none of these
 
-    from kd.evaluation import Evaluator, say_notes
-    from kd.report import class_table, table, to_json, write_report
+    from kd.compare import compare, find_baseline
+    from kd.evaluation import Evaluator
+    from kd.report import write_report
     from kd.runs import write_atomic
-    from kd.setup import on_cpu, set_threads
+    from kd.setup import keep_freed_memory, on_cpu, set_threads
+    from kd.tables import all_notes, render, to_json
 
+    find_baseline(runs, config.baseline)
     set_threads()
+    keep_freed_memory()
     accelerator = Accelerator(cpu=on_cpu())
-    evaluator = Evaluator(config, accelerator)
-    results = [evaluator.measure(run) for run in config.runs]
-
-    say("")
-    say(table(results))
-    if len(results[0].row["per_class"]) <= 20:
-        say("")
-        say(class_table(results))
-    say_notes(results)
-    if config.json and accelerator.is_main_process:
-        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(config.json), to_json(results))
-        say(f"wrote {config.json}")
-    if config.report and accelerator.is_main_process:
-        files = write_report(Path(config.report), results)
-        say(f"wrote {config.report}/: {', '.join(file.name for file in files)}")
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result alone
+        evaluator = Evaluator(config, accelerator)
+        results = [evaluator.measure(run) for run in runs]
+    if accelerator.is_main_process:
+        groups = compare([result.row for result in results], config.baseline)
+        print(render(results, groups, config.format), flush=True)
+        with contextlib.redirect_stdout(sys.stderr):
+            for note in all_notes(results, groups):
+                say(f"note: {note}")
+            if config.json:
+                Path(config.json).parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(Path(config.json), to_json(results, groups))
+                say(f"wrote {config.json}")
+            if config.report:
+                files = write_report(Path(config.report), results, groups)
+                say(f"wrote {config.report}/: {', '.join(file.name for file in files)}")
     accelerator.end_training()
     return 0
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,25 +13,35 @@ import torch
 from torch import Tensor
 
 from kd import cost, metrics
+from kd.compare import experiment
 from kd.conclude import device_name, versions
 from kd.config import DataConfig, EvaluateConfig
-from kd.data import Data, Split, load_data
-from kd.errors import UserError, say
+from kd.data import CorruptedSplit, Data, Split, load_data
+from kd.data.corrupt import SEVERITIES, STRENGTHS
+from kd.errors import UserError
 from kd.models import Classifier, load_classifier
 from kd.parse import read_yaml
-from kd.predict import predict
+from kd.predict import predict, similarity
 from kd.runs import read_summary
 from kd.teachers import load_teacher
+
+BATCH_SIZES = (1, 8, 64)  # whose time is measured
 
 
 @dataclass
 class Measured:
-    """A run's numbers, all plain JSON values in `row`, and its confusion matrix (K, K)."""
+    """A run's numbers, all plain JSON values in `row`, and what they were computed from: logits (N, K), labels (N,)."""
 
     name: str
     row: dict
-    confusion: Tensor
+    logits: Tensor
+    labels: Tensor
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def confusion(self) -> Tensor:
+        """Counts (K, K): row the label, column the prediction."""
+        return metrics.confusion_matrix(self.logits, self.labels)
 
 
 class Evaluator:
@@ -61,35 +73,59 @@ class Evaluator:
         split = getattr(data, self.config.split)
         if split is None:
             raise UserError(f"run {run!r} was trained without a validation split; use --split test")
-        logits, labels = self._predict((str(folder.resolve()), key), classifier, data, split)
+        view = self._view(split)
+        name = (str(folder.resolve()), key)
+        logits, labels = self._predict(name, classifier, data, view)
         row = {
             "run": run,
             "model": classifier.recipe["model"],
             "source": self.config.source or resolved["data"]["source"],
             "split": self.config.split,
-            "num_images": len(labels),
-            "top1": metrics.accuracy(logits, labels),
-            "top5": metrics.accuracy(logits, labels, top=5),
-            "nll": metrics.negative_log_likelihood(logits, labels),
-            "calibration_error": metrics.calibration_error(logits, labels),
-            "per_class": dict(zip(data.classes, metrics.per_class_accuracy(logits, labels), strict=True)),
+            "corruption": view.corruption if isinstance(view, CorruptedSplit) else None,
+            "severity": view.severity if isinstance(view, CorruptedSplit) else None,
+            **_scores(logits, labels, data.classes),
+            **dict.fromkeys(("temperature", "nll_scaled", "calibration_error_scaled")),
             "num_params": cost.num_params(classifier.network),
             "multiply_adds": cost.multiply_adds(classifier, data.image_shape),
             "bytes": (folder / "model.safetensors").stat().st_size,
-            "latency_ms": None,
+            **dict.fromkeys(("latency_ms", "speed")),
             "teacher": resolved.get("teacher"),
-            "agreement": None,
+            **dict.fromkeys(("teacher_top1", "agreement", "agreement_top5", "kl", "cka")),
+            **dict.fromkeys(("only_student_right", "only_teacher_right")),
             "seed": summary["seed"],
             "train_seconds": summary["seconds"],
             "device": device_name(self.accelerator.device),
             "versions": versions(),
+            "config": resolved,
+            "experiment": experiment(resolved, _config_of),
         }
+        row["images"] = _identity(row, data.classes, view)
+        measured = Measured(run, row, logits, labels)
+        if data.val is not None and not self.config.source:
+            _scale(measured, *self._ask(classifier, data, data.val))
         if self.config.latency and self.accelerator.is_main_process:
-            row["latency_ms"] = cost.latency(classifier, data.image_shape)
-        measured = Measured(run, row, metrics.confusion_matrix(logits, labels))
+            row["speed"] = [cost.speed(classifier, data.image_shape, size) for size in BATCH_SIZES]
+            row["latency_ms"] = row["speed"][0]["p50_ms"]
+        if self.config.corruption == "all":
+            self._corrupt(row, classifier, data, split)
         if row["teacher"]:
-            self._compare(measured, logits, resolved, key, data, split)
+            self._compare(measured, classifier, key, data, view)
         return measured
+
+    def _view(self, split: Split) -> Split:
+        """The split, corrupted if one corruption is asked for."""
+        if self.config.corruption in STRENGTHS:
+            return CorruptedSplit(split.store, split.places, self.config.corruption, self.config.severity)
+        return split
+
+    def _corrupt(self, row: dict, classifier: Classifier, data: Data, split: Split) -> None:
+        """Add the accuracy for each corruption and severity, and the mean of all."""
+        row["corruptions"] = {corruption: [] for corruption in STRENGTHS}
+        for corruption, severity in itertools.product(STRENGTHS, SEVERITIES):
+            view = CorruptedSplit(split.store, split.places, corruption, severity)
+            row["corruptions"][corruption].append(metrics.accuracy(*self._ask(classifier, data, view)))
+        every = [value for values in row["corruptions"].values() for value in values]
+        row["corruption_mean"] = sum(every) / len(every)
 
     def _open(self, settings: dict) -> tuple[str, Data]:
         settings = {name: value for name, value in settings.items() if name in _DATA_FIELDS}
@@ -104,28 +140,44 @@ class Evaluator:
             self._data[key] = load_data(DataConfig(**settings))
         return key, self._data[key]
 
-    def _predict(self, key: tuple, network, data: Data, split: Split) -> tuple[Tensor, Tensor]:
+    def _ask(self, network, data: Data, split: Split) -> tuple[Tensor, Tensor]:
         """Logits (N, K) in the order of the data's classes, and labels (N,)."""
-        if key not in self._logits:
-            logits, labels = predict(network, split, self.config.batch_size, self.accelerator)
-            if isinstance(network, Classifier):
-                logits = logits[:, [network.classes.index(name) for name in data.classes]]
-            self._logits[key] = logits, labels
-        return self._logits[key]
+        logits, labels = predict(network, split, self.config.batch_size, self.accelerator)
+        if isinstance(network, Classifier):
+            logits = logits[:, [network.classes.index(name) for name in data.classes]]
+        return logits, labels
 
-    def _compare(self, measured: Measured, logits: Tensor, resolved: dict, key: str, data: Data, split: Split) -> None:
-        """Add agreement with the run's teacher, and say where the student saves nothing."""
-        names, row = resolved["teacher"], measured.row
+    def _predict(self, name: tuple, network, data: Data, view: Split) -> tuple[Tensor, Tensor]:
+        """The same for the measured images, asked once for each name."""
+        if name not in self._logits:
+            self._logits[name] = self._ask(network, data, view)
+        return self._logits[name]
+
+    def _compare(self, measured: Measured, classifier: Classifier, key: str, data: Data, view: Split) -> None:
+        """Add how like its teacher a run is, and say where it saves nothing."""
+        row, logits, labels = measured.row, measured.logits, measured.labels
+        names, mean = row["teacher"], row["config"]["teacher_mean"]
         names = [names] if isinstance(names, str) else names
         label = f"{measured.name}: its teacher {' + '.join(names)}"
         try:
-            teacher = load_teacher(names, data.classes, resolved["teacher_mean"], self.accelerator.device)
+            teacher = load_teacher(names, data.classes, mean, self.accelerator.device)
         except UserError as error:
             measured.notes.append(f"{label} cannot be compared with: {error}")
             return
-        name = (str(Path(names[0]).resolve()), key) if len(names) == 1 else ("+".join(names), key)
-        theirs, _ = self._predict(name, teacher, data, split)
+        name = (str(Path(names[0]).resolve()), key) if len(names) == 1 else (f"{'+'.join(names)} {mean}", key)
+        theirs, _ = self._predict(name, teacher, data, view)
+        row["teacher_top1"] = metrics.accuracy(theirs, labels)
         row["agreement"] = metrics.agreement(logits, theirs)
+        row["agreement_top5"] = metrics.agreement(logits, theirs, top=5)
+        row["kl"] = metrics.kl_divergence(theirs, logits)
+        row["only_student_right"], row["only_teacher_right"] = metrics.only_one_right(logits, theirs, labels)
+        if pairs := _tap_pairs(row["config"].get("losses") or [], self.config.taps):
+            try:
+                values = similarity(classifier, teacher, pairs, view, self.config.batch_size, self.accelerator)
+            except TypeError as error:  # the module gives no tensor
+                raise UserError(f"run {measured.name!r}: {error}; choose other taps") from None
+            taps = ({"student": mine, "teacher": other} for mine, other in pairs)
+            row["cka"] = [{**tap, "cka": value} for tap, value in zip(taps, values, strict=True)]
         params = cost.num_params(teacher)
         adds = sum(cost.multiply_adds(member, data.image_shape) for member in teacher.members)
         if row["num_params"] >= params:
@@ -133,6 +185,59 @@ class Evaluator:
         if row["multiply_adds"] >= adds:
             mine = f"{row['multiply_adds'] / 1e9:.3g} against {adds / 1e9:.3g} billion multiply-adds"
             measured.notes.append(f"{label} is not more expensive: {mine}")
+
+
+def _scores(logits: Tensor, labels: Tensor, classes: list[str]) -> dict:
+    return {
+        "num_images": len(labels),
+        "top1": metrics.accuracy(logits, labels),
+        "top5": metrics.accuracy(logits, labels, top=5),
+        "nll": metrics.negative_log_likelihood(logits, labels),
+        "brier": metrics.brier_score(logits, labels),
+        "calibration_error": metrics.calibration_error(logits, labels),
+        "reliability": metrics.reliability(logits, labels),
+        "per_class": dict(zip(classes, metrics.per_class_accuracy(logits, labels), strict=True)),
+        "wrong": (~metrics.hits(logits, labels)).nonzero()[:, 0].tolist(),
+    }
+
+
+def _scale(measured: Measured, logits: Tensor, labels: Tensor) -> None:
+    """Add the temperature that is best for validation's logits, and how calibrated the measured ones are with it."""
+    row, temperature = measured.row, metrics.fit_temperature(logits, labels)
+    if temperature is None:
+        right = metrics.accuracy(logits, labels)
+        measured.notes.append(f"{measured.name}: no temperature is best on validation, of which {right:.1f} % is right")
+        return
+    scaled = measured.logits.double() / temperature
+    row["temperature"] = temperature
+    row["nll_scaled"] = metrics.negative_log_likelihood(scaled, measured.labels)
+    row["calibration_error_scaled"] = metrics.calibration_error(scaled, measured.labels)
+
+
+def _identity(row: dict, classes: list[str], view: Split) -> str:
+    """The same for runs that are measured on the same images in the same order."""
+    source = str(Path(row["source"]).resolve()) if Path(row["source"]).exists() else row["source"]
+    parts = [source, row["split"], classes, row["corruption"], row["severity"]]
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    digest.update(view.places.tobytes() + view.labels.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _tap_pairs(losses: list[dict], more: list[str]) -> list[tuple[str, str]]:
+    """The pairs (student's module, teacher's module) that the losses compare, and those of `taps`."""
+    pairs = [tuple(pair.split(":")) for pair in more]
+    for arguments in (loss.get("init_args") or {} for loss in losses):
+        one, other = arguments.get("student_tap"), arguments.get("teacher_tap")
+        pairs += [(one, other)] if one and other else []
+        pairs += zip(arguments.get("student_taps") or [], arguments.get("teacher_taps") or [], strict=False)
+    return list(dict.fromkeys(pairs))
+
+
+def _config_of(run: str) -> dict | None:
+    try:
+        return read_yaml(Path(run) / "config.yaml")
+    except UserError:
+        return None
 
 
 _DATA_FIELDS = {f.name for f in dataclasses.fields(DataConfig)}
@@ -148,10 +253,3 @@ def _match(classifier: Classifier, data: Data, run: str) -> None:
         except (RuntimeError, ValueError) as error:
             shape = "x".join(str(n) for n in data.image_shape)
             raise UserError(f"run {run!r} does not take the data's images ({shape}): {str(error)[:150]}") from None
-
-
-def say_notes(results: list[Measured]) -> None:
-    """Print what a reader of the table should know besides."""
-    for result in results:
-        for note in result.notes:
-            say(f"note: {note}")

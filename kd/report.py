@@ -1,85 +1,38 @@
-"""Tables and pictures of measured runs."""
+"""The report of measured runs: a page of tables and pictures."""
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import os
 from pathlib import Path
 
 from kd.evaluation import Measured
 from kd.runs import write_atomic
-
-COLUMNS = (
-    ("top-1 %", lambda row: f"{row['top1']:.2f}"),
-    ("top-5 %", lambda row: f"{row['top5']:.2f}"),
-    ("NLL", lambda row: f"{row['nll']:.4f}"),
-    ("ECE %", lambda row: f"{row['calibration_error']:.2f}"),
-    ("agrees %", lambda row: "-" if row["agreement"] is None else f"{row['agreement']:.2f}"),
-    ("parameters", lambda row: f"{row['num_params']:,}"),
-    ("multiply-adds", lambda row: f"{row['multiply_adds']:,}"),
-    ("MB", lambda row: f"{row['bytes'] / 1e6:.2f}"),
-    ("ms/image", lambda row: "-" if row["latency_ms"] is None else f"{row['latency_ms']:.2f}"),
-)
+from kd.tables import against, all_notes, caption, class_table, comparison_table, shared_folder, table, to_json
 
 
-def table(results: list[Measured], markdown: bool = False) -> str:
-    """One line a run: accuracy, calibration, agreement with its teacher, cost."""
-    head = ["run", *(title for title, _ in COLUMNS)]
-    return _align(head, [[r.name, *(show(r.row) for _, show in COLUMNS)] for r in results], markdown)
-
-
-def class_table(results: list[Measured], markdown: bool = False) -> str:
-    """One line a class: each run's accuracy on it in percent."""
-    body = []
-    for name in results[0].row["per_class"]:
-        values = [result.row["per_class"].get(name) for result in results]
-        body.append([name, *("-" if value is None else f"{value:.1f}" for value in values)])
-    return _align(["class", *(result.name for result in results)], body, markdown)
-
-
-def _align(head: list[str], body: list[list[str]], markdown: bool) -> str:
-    rows = [head, *body]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("| " + " | ".join(cells) + " |" if markdown else "  ".join(cells).rstrip())
-    if markdown:
-        lines.insert(
-            1, "| " + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
-        )
-    return "\n".join(lines)
-
-
-def to_json(results: list[Measured]) -> bytes:
-    """All numbers of all runs, confusion matrices (row: label, column: prediction) and notes."""
-    content = [{**r.row, "confusion": r.confusion.tolist(), "notes": r.notes} for r in results]
-    return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def write_report(folder: Path, results: list[Measured]) -> list[Path]:
+def write_report(folder: Path, results: list[Measured], groups: list[dict]) -> list[Path]:
     """Write report.md, results.json, accuracy against cost and a confusion matrix a run; returns the files."""
     import matplotlib
 
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"results.json": to_json(results), "accuracy_vs_cost.png": _accuracy_against_cost(results)}
+    files = {"results.json": to_json(results, groups), "accuracy_vs_cost.png": _accuracy_against_cost(results)}
     for number, result in enumerate(results, start=1):
         stem = "".join(c if c.isalnum() else "-" for c in result.name).strip("-")
         files[f"confusion_{number}_{stem}.png"] = _confusion(result)
-    notes = [f"- {note}" for result in results for note in result.notes]
+    notes = [f"- {note}" for note in all_notes(results, groups)]
     pictures = [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in files if name.endswith(".png")]
-    row = results[0].row
     text = [
-        f"# {row['split']} of {row['source']}, {row['num_images']} images",
+        f"# {caption(results)}",
         table(results, True),
+        comparison_table(groups, True),
+        *against(groups),
         *notes,
         class_table(results, True),
         *pictures,
-        f"Latency on {row['device']}, one image, preprocessing included.",
+        f"Latency on {results[0].row['device']}, one image, preprocessing included.",
     ]
     files["report.md"] = ("\n\n".join(text) + "\n").encode()
     for name, content in files.items():
@@ -88,8 +41,6 @@ def write_report(folder: Path, results: list[Measured]) -> list[Path]:
 
 
 def _png(figure) -> bytes:
-    import io
-
     import matplotlib.pyplot as plt
 
     buffer = io.BytesIO()
@@ -108,7 +59,7 @@ def _accuracy_against_cost(results: list[Measured]) -> bytes:
     sides = (("left", (9, 5)), ("right", (-9, -12)), ("left", (9, -12)), ("right", (-9, 5)))
     seen: set[str] = set()
     placed: dict[str, int] = {}
-    prefix = os.path.commonpath([result.name for result in results]) if len(results) > 1 else ""
+    prefix = shared_folder([result.name for result in results]) if len(results) > 1 else ""
     for result in sorted(results, key=lambda result: -result.row["top1"]):
         row = result.row
         kind = "distilled" if row["teacher"] else "trained on labels"
