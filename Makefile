@@ -1,4 +1,5 @@
 # `make demo` runs the main job on scikit-learn's digits, `make test` the tests; both make the environment first.
+# `make test-slurm` runs the files of slurm/ on a private cluster that it starts on this machine.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
@@ -10,7 +11,7 @@ RUNS := runs/digits
 # Without byte code each start of Python compiles torch anew, which takes longer than the demo.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo cifar10 test quick lint clean
+.PHONY: demo cifar10 test test-slurm quick lint clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: requirements.txt
@@ -39,7 +40,11 @@ cifar10: $(VENV)/.installed
 		cosine regressor) --report runs/cifar10/report
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slurm"
+
+# Where SLURM is not installed or this is not root, the tests are skipped and say what is missing.
+test-slurm: $(VENV)/.installed
+	$(BIN)/python -m pytest -rs tests/slurm
 
 quick: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow"
