@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     from kd.distiller import Distiller
     from kd.fit import fit
     from kd.precompute import precompute_teacher
-    from kd.setup import announce, build_trained, make_accelerator, open_run
+    from kd.setup import announce, build_student, choose_batch_norm, make_accelerator, open_run
     from kd.teachers import load_teacher
 
     accelerator = make_accelerator(config)
@@ -28,9 +28,10 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         data = load_data(config.data)
         teacher = load_teacher(config.teacher, data.classes, config.teacher_mean, accelerator.device)
-        student = build_trained(config.student, data, config)
-        distiller = Distiller(student, config.losses, teacher, data.image_shape, config.seed)
+        student = build_student(data, config, teacher)
+        distiller = Distiller(student, config.losses, teacher, data.image_shape, data.train_labels, config.seed)
         announce(distiller, data, config, accelerator)
+        choose_batch_norm(distiller, config, accelerator)
         teacher = precompute_teacher(teacher, distiller.teacher_taps, data, config, accelerator)
         fitted = fit(distiller, teacher, data, config, accelerator, run)
         return conclude(fitted, data, config, accelerator, run)

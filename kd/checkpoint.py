@@ -22,6 +22,7 @@ import safetensors.torch
 from torch import Tensor
 
 from kd.errors import say
+from kd.parallel import share_out
 from kd.runs import sync_folder
 
 KEEP = 2
@@ -118,7 +119,8 @@ def _load(path: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]:
         data = (path / name).read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
             raise ValueError(f"{name} does not have its checksum")
-        tensors[name.removesuffix(".safetensors")] = safetensors.torch.load(data)
+        # sorted: the reader gives each process an order of its own, and FSDP2 shares them out one after the other
+        tensors[name.removesuffix(".safetensors")] = dict(sorted(safetensors.torch.load(data).items()))
     return Progress(**content["progress"]), tensors
 
 
@@ -137,7 +139,9 @@ def load_optimizer_tensors(optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`; groups and learning rate stay those of the config."""
     content = optimizer.state_dict()
     content["state"] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, tensor in tensors.items():
         number, key = name.split(".", 1)
-        content["state"].setdefault(int(number), {})[key] = tensor
+        like = parameters[int(number)]
+        content["state"].setdefault(int(number), {})[key] = share_out(tensor, like) if tensor.dim() else tensor
     optimizer.load_state_dict(content)

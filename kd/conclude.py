@@ -31,6 +31,7 @@ def conclude(fitted: Fitted, data: Data, config, accelerator, run: Run) -> int:
     student, progress = fitted.student, fitted.progress
     if fitted.signal:
         fitted.tracker.finish()
+        accelerator.wait_for_everyone()  # the launcher ends all when one ends, and the first one may still write
         name = signal.Signals(fitted.signal).name
         say(f"stopped by {name} after step {progress.step}; the same command goes on from there")
         return 128 + fitted.signal
@@ -69,6 +70,7 @@ def conclude(fitted: Fitted, data: Data, config, accelerator, run: Run) -> int:
         "images": {"train": len(data.train), "val": len(data.val) if data.val else 0, "test": len(data.test)},
         "seed": config.seed,
         "num_processes": accelerator.num_processes,
+        "sharded": accelerator.is_fsdp2,
         "device": device_name(accelerator.device),
         "mixed_precision": accelerator.mixed_precision,
         "versions": versions(),

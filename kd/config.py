@@ -16,6 +16,7 @@ FREE_FIELDS = (
     "project",
     "checkpoint_every",
     "num_threads",
+    "peer_timeout",
     "data.cache_dir",
     "data.download_dir",
 )
@@ -158,12 +159,19 @@ class TrainConfig:
     """tracker; auto is wandb where a key is found or WANDB_MODE=offline is set, else none"""
     project: str = "kd"
     """the tracker's project"""
+    accumulate: int = 1
+    """micro-batches a step: each process's images of a step go through the networks in so many parts, to save memory;
+    changes neither batch nor learning rate, but batch norm sees one part at a time"""
+    sync_batch_norm: bool = False
+    """batch norm over the images of all processes (GPUs only); false: each over its own, the first's are kept"""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto is what `accelerate launch` was told, else bf16 on a GPU that has it, else no"""
     log_every: int = 50
     """steps between two lines of metrics.jsonl"""
     checkpoint_every: int | None = None
     """steps between two checkpoints; null for one at the end of each epoch"""
+    peer_timeout: int = 600
+    """seconds that a process waits for the others in a step before it takes them for dead"""
     num_threads: int | None = None
     """CPU threads of each process; null for all cores, shared by this machine's processes, or $OMP_NUM_THREADS"""
     overwrite: bool = False
@@ -181,6 +189,17 @@ class TrainConfig:
             self.checkpoint_every is None or self.checkpoint_every >= 1,
             f"checkpoint_every {self.checkpoint_every} must be 1 or more, or null",
         )
+        _require(
+            1 <= self.accumulate <= self.data.batch_size,
+            f"accumulate {self.accumulate} must be from 1 to data.batch_size ({self.data.batch_size})",
+        )
+        whole = [type(loss).__name__ for loss in self.losses if loss.sees_batch]
+        _require(
+            self.accumulate == 1 or not whole,
+            f"accumulate {self.accumulate}: {', '.join(whole)} compares the images of a whole batch and would "
+            "see a part of it; set accumulate 1, or leave it out",
+        )
+        _require(self.peer_timeout >= 1, f"peer_timeout {self.peer_timeout} must be 1 or more")
         _require(self.num_threads is None or self.num_threads >= 1, f"num_threads {self.num_threads} must be 1 or more")
         _require(self.output_dir != "", "output_dir is empty; name a folder")
         _require(not (self.init_from and self.weights), "give init_from or weights, not both")
@@ -192,7 +211,10 @@ class TeacherConfig(TrainConfig):
     """Train one network on labels: a teacher, or a student alone."""
 
     model: str = "resnet18"
-    """deep_nn, light_nn, deeper_cnn, mnist_teacher, mnist_student, any torchvision classifier, or an import path"""
+    """deep_nn, light_nn, deeper_cnn, mnist_teacher, mnist_student; of the CIFAR-100 comparison resnet8, resnet14,
+    resnet20, resnet32, resnet44, resnet56, resnet110, resnet8x4, resnet32x4, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2,
+    vgg8, vgg13_cifar, mobilenet_v2_half, shufflenet_v1, shufflenet_v2_cifar; any torchvision classifier; or an import
+    path"""
     output_dir: str = "runs/teacher"
     """the run folder"""
 
@@ -202,17 +224,32 @@ class DistillConfig(TrainConfig):
     """Train a student on what a teacher says and on labels."""
 
     student: str = "mobilenet_v3_small"
-    """deep_nn, light_nn, deeper_cnn, mnist_teacher, mnist_student, any torchvision classifier, or an import path"""
+    """deep_nn, light_nn, deeper_cnn, mnist_teacher, mnist_student; of the CIFAR-100 comparison resnet8, resnet14,
+    resnet20, resnet32, resnet44, resnet56, resnet110, resnet8x4, resnet32x4, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2,
+    vgg8, vgg13_cifar, mobilenet_v2_half, shufflenet_v1, shufflenet_v2_cifar; any torchvision classifier; or an import
+    path"""
     teacher: str | list[str] = ""
     """run folder of the teacher, or a torchvision classifier with its ImageNet weights; a list for several"""
     teacher_mean: Literal["logits", "probabilities"] = "logits"
     """how several teachers become one: the mean of logits (geometric) or of probabilities (arithmetic)"""
+    reuse_head: bool = False
+    """keep the teacher's head, frozen, behind the student's last feature map and a projector (SimKD)"""
+    reuse_tap: str | None = None
+    """with reuse_head: the module that gives the student's last feature map; null where it is known, as in ResNets"""
     output_dir: str = "runs/student"
     """the run folder"""
 
     def __post_init__(self):
         super().__post_init__()
         _require(bool(self.teacher), "teacher is not given; name a run folder (or several) or a torchvision classifier")
+        _require(self.reuse_head or self.reuse_tap is None, f"reuse_tap {self.reuse_tap!r} needs reuse_head true")
+        if self.reuse_head:
+            teachers = 1 if isinstance(self.teacher, str) else len(self.teacher)
+            _require(teachers == 1, f"reuse_head needs one teacher, whose head it keeps, not {teachers}")
+            _require(
+                not self.freeze_backbone,
+                "reuse_head freezes the head and freeze_backbone all but the head: nothing would be trained",
+            )
 
 
 @dataclass
@@ -222,20 +259,43 @@ class EvaluateConfig:
     split: Literal["test", "val", "train"] = "test"
     """which images, of the split that the run itself was trained with"""
     source: str | None = None
-    """other images than the run's own data.source; classes are matched by name"""
+    """other images than the run's own data.source, by class name; no temperature is then fitted on validation"""
     batch_size: int = 64
     """images at once"""
+    corruption: Literal["gaussian_noise", "blur", "jpeg", "brightness", "contrast", "all"] | None = None
+    """measure on corrupted images; all adds a table of the accuracy for each corruption and severity"""
+    severity: int | None = None
+    """of the corruption, 1 to 5"""
+    baseline: str | None = None
+    """one of the runs, which the others are compared with; null for each distilled run's student alone"""
+    taps: list[str] = field(default_factory=list)
+    """STUDENT_MODULE:TEACHER_MODULE whose similarity (CKA) is measured, besides what a run's own losses compare"""
+    format: Literal["table", "markdown", "json", "csv"] = "table"
+    """of what is printed; json has all numbers"""
     json: str | None = None
     """write all numbers to this file"""
     report: str | None = None
     """write tables and pictures to this folder"""
     latency: bool = True
-    """measure the time of one image on this machine"""
+    """measure times on this machine, for batches of 1, 8 and 64 images"""
     cache_dir: str | None = None
     """where decoded images are kept; default $KD_CACHE or ~/.cache/kd"""
 
     def __post_init__(self):
         _require(self.batch_size >= 1, f"batch_size {self.batch_size} must be 1 or more")
+        _require(self.severity in (None, 1, 2, 3, 4, 5), f"severity {self.severity} must be from 1 to 5")
+        single = self.corruption not in (None, "all")
+        _require(not single or self.severity is not None, f"corruption {self.corruption} needs a severity from 1 to 5")
+        _require(
+            single or self.severity is None,
+            f"severity {self.severity} needs one corruption; "
+            + ("all measures every severity" if self.corruption else "give one, such as --corruption blur"),
+        )
+        for pair in self.taps:
+            _require(
+                len(pair.split(":")) == 2 and all(pair.split(":")),
+                f"taps {pair!r} must be STUDENT_MODULE:TEACHER_MODULE, such as pool:pool",
+            )
 
 
 DEFAULT_LOSSES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from kd import keyed
 from kd.errors import UserError
-from kd.losses import Loss
+from kd.losses import Loss, Setting
 from kd.outputs import Batch, Outputs
 
 
@@ -22,6 +23,7 @@ class Distiller(nn.Module):
         losses: the terms; two of one class are told apart by a number.
         teacher: a `kd.teachers.Teacher`, which is tapped for the features that the losses need; not kept.
         image_shape: (C, H, W) of the stored images, from which the features' shapes are found.
+        labels: int64 (N,), the label at each place of the store; -1 where no training image is.
         seed: of the first weights of what the losses learn.
 
     Raises:
@@ -34,6 +36,7 @@ class Distiller(nn.Module):
         losses: Sequence[Loss],
         teacher: nn.Module | None = None,
         image_shape: tuple[int, int, int] | None = None,
+        labels: Tensor | None = None,
         seed: int = 0,
     ):
         super().__init__()
@@ -45,9 +48,13 @@ class Distiller(nn.Module):
             name = type(loss).__name__
             count = sum(other == name or other.startswith(name + "_") for other in self.losses)
             self.losses[f"{name}_{count + 1}" if count else name] = loss
-        self._connect(teacher, image_shape, seed)
+        self._connect(teacher, image_shape, labels, seed)
+        # DistributedDataParallel need not send what the losses keep equal themselves, a memory bank for example.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"losses.{name}.{buffer}" for name, loss in self.losses.items() for buffer in loss.replicated
+        ]
 
-    def _connect(self, teacher: nn.Module | None, image_shape: tuple[int, int, int] | None, seed: int) -> None:
+    def _connect(self, teacher: nn.Module | None, image_shape, labels: Tensor | None, seed: int) -> None:
         """Tap both networks for the losses, and let the losses build what they learn."""
         shapes = []
         student_taps = sorted({name for loss in self.losses.values() for name in loss.student_taps})
@@ -56,10 +63,12 @@ class Distiller(nn.Module):
             if names and network is not None:
                 network.tap(names)
                 shapes[-1] = _feature_shapes(network, image_shape)
+        classes = getattr(self.student, "classes", None)
+        setting = Setting(*shapes, len(classes) if classes else None, labels)
         torch.manual_seed(keyed.key(seed, 1) & (2**63 - 1))
         for loss in self.losses.values():
             try:
-                loss.setup(*shapes)
+                loss.setup(setting)
             except ValueError as error:
                 raise UserError(str(error)) from None
 
@@ -100,5 +109,6 @@ def _float(outputs: Outputs) -> Outputs:
 
 
 def _arguments(loss: Loss) -> str:
-    shown = {k: v for k, v in vars(loss).items() if not k.startswith("_") and k not in ("training", "weight")}
+    names = [name for name in inspect.signature(type(loss)).parameters if name != "weight"]
+    shown = {name: value for name in names if (value := getattr(loss, name, False)) is not False}
     return f"({', '.join(f'{k}={v}' for k, v in shown.items())})" if shown else ""

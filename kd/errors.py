@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import errno
 import os
@@ -9,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -21,6 +23,16 @@ def unknown(what: str, value: object, known: Iterable[str], remedy: str = "") ->
     near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.6)
     guess = f" (did you mean {near[0]!r}?)" if near else ""
     return UserError(f"unknown {what} {value!r}{guess}; known: {', '.join(known)}{'; ' + remedy if remedy else ''}")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The flags of a `python -m kd...` command, in full words; a mistake is one line, as everywhere."""
+
+    def __init__(self, **arguments):
+        super().__init__(allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help explains each")
 
 
 def is_main_process() -> bool:
@@ -54,6 +66,8 @@ class _Stopped(BaseException):
 
 
 def _stop(number: int, _frame) -> None:
+    for each in (signal.SIGTERM, signal.SIGUSR1):  # once is enough; a launcher and a batch system may both send it
+        signal.signal(each, signal.SIG_IGN)
     raise _Stopped(number)
 
 
@@ -73,6 +87,11 @@ def run_script(main: Callable[[], int | None]) -> None:
         number = stopped.args[0] if isinstance(stopped, _Stopped) else signal.SIGINT
         name = signal.Signals(number).name
         status = _fail(f"stopped by {name}; the same command goes on from the last checkpoint", 128 + number)
+    except RuntimeError as error:
+        message = _lost_contact(error)
+        if message is None:
+            raise
+        status = _fail(message, 1, speak=True) if message else 1
     except BrokenPipeError:  # `python evaluate.py ... | head` is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
@@ -81,13 +100,27 @@ def run_script(main: Callable[[], int | None]) -> None:
             raise
         place = f": {error.filename}" if error.filename else ""
         status = _fail(f"{os.strerror(error.errno).lower()}{place}; free or change it and run the same command", 1)
+    finally:
+        # While Python ends it puts the default in place of every handler, and the signal would kill; "ignore" stays.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     sys.exit(status)
 
 
-def _fail(message: str, status: int) -> int:
+def _lost_contact(error: RuntimeError) -> str | None:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # the launcher ends all when one dies: first say which
+        signal.signal(number, signal.SIG_IGN)
+    from kd.parallel import lost_contact
+
+    return lost_contact(error)
+
+
+def _fail(message: str, status: int, speak: bool = False) -> int:
     rank = os.environ.get("RANK", "0")
-    if not is_main_process():
+    if not (is_main_process() or speak):
         # The main process mostly has the same error, and the launcher ends all when one fails: let it speak first.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     who = "" if is_main_process() else f" on process {rank}"
     print(f"error{who}: {' '.join(message.split())}", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +17,7 @@ from kd.distiller import Distiller
 from kd.errors import UserError, say
 from kd.meter import Meter, not_finite
 from kd.optim import learning_rate, make_optimizer
-from kd.parallel import StopSignal
+from kd.parallel import StopSignal, all_finite, copy_whole, share_buffers, share_loss_buffers, share_out, whole
 from kd.precompute import TableTeacher
 from kd.predict import predict
 from kd.runs import Run
@@ -46,7 +47,10 @@ def fit(
     student, device = distiller.student, accelerator.device
     run.begin()
     accelerator.wait_for_everyone()
-    optimizer = make_optimizer(config.optimizer, distiller, device)
+    optimizer = make_optimizer(config.optimizer, distiller, device, sharded=accelerator.is_fsdp2)
+    in_parts = accelerator.is_fsdp2
+    if in_parts:  # what is evaluated is a whole copy, on the device only as long as it is needed there
+        student = student.twin()
     model, optimizer = accelerator.prepare(distiller, optimizer)
     batches = TrainBatches(
         data.train,
@@ -56,6 +60,7 @@ def fit(
         accelerator.num_processes,
         config.data.flip,
         config.data.pad_crop,
+        config.accumulate,
     )
     per_epoch = batches.steps_per_epoch
     total = config.epochs * per_epoch if config.max_steps is None else min(config.epochs * per_epoch, config.max_steps)
@@ -74,36 +79,43 @@ def fit(
 
     def save() -> int:
         meter.check(accelerator, config.optimizer.lr, saved_step)  # what is not finite must never be kept
-        if not all(tensor.isfinite().all() for tensor in distiller.state_dict().values()):
+        if not all_finite(list(distiller.state_dict().values()), accelerator):
             raise not_finite("the weights are", progress.step, config.optimizer.lr, saved_step)
         progress.sums, progress.metrics_bytes = meter.state(accelerator), tracker.num_bytes
         progress.seconds = time.perf_counter() - started
         progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        tensors = {"distiller": distiller.state_dict(), "optimizer": optimizer_tensors(optimizer)}
+        tensors = {name: whole(named, keep=accelerator.is_main_process) for name, named in tensors.items()}
         if accelerator.is_main_process:
-            tensors = {"distiller": distiller.state_dict(), "optimizer": optimizer_tensors(optimizer)}
             save_checkpoint(folder, progress, {**tensors, **({"best": best} if best else {})})
         return progress.step
 
     model.train()
-    with StopSignal() as stop:
+    with StopSignal(config.peer_timeout) as stop:
         while progress.step < total:
             step = progress.step
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optimizer, step, total, per_epoch)
             torch.manual_seed(keyed.key(config.seed, DROPOUT, step, accelerator.process_index) & (2**63 - 1))
-            batch, share = batches.read(step, device)
-            teacher_outputs = None
-            if teacher is not None:
-                with accelerator.autocast():
-                    teacher_outputs = teacher.answer(batch)
-            terms = model(batch, teacher_outputs)
-            # `share` weighs this process's mean so that the processes' mean is the mean over the global batch
-            accelerator.backward(sum(terms.values()) * share)
+            for micro in reversed(range(batches.num_micro(step))):
+                batch, share = batches.read(step, device, micro)
+                # gradients are averaged over the processes once a step, with the last of its micro-batches
+                with accelerator.no_sync(model) if micro else nullcontext():
+                    teacher_outputs = None
+                    if teacher is not None:
+                        with accelerator.autocast():
+                            teacher_outputs = teacher.answer(batch)
+                    if in_parts:
+                        share_loss_buffers(distiller.losses.values())
+                    with accelerator.autocast():  # Accelerate's own wrapper does this too, but not under FSDP2
+                        terms = model(batch, teacher_outputs)
+                    # `share` weighs the mean over these images so that all together are the mean over the global batch
+                    accelerator.backward(sum(terms.values()) * share)
+                meter.add(terms, len(batch.labels) if share else 0, step)
             if config.optimizer.clip_norm is not None:
                 accelerator.clip_grad_norm_(distiller.parameters(), config.optimizer.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-            meter.add(terms, len(batch.labels) if share else 0, step)
             progress.step = step + 1
             bar.update()
             epoch_ends = progress.step % per_epoch == 0 or progress.step == total
@@ -119,8 +131,13 @@ def fit(
                 bar.set_postfix_str("  ".join([*terms, f"{row['images_per_second']:,.0f} images/s"]))
             if epoch_ends:
                 row = meter.end_epoch()
+                share_buffers(distiller.student)  # what is measured is what is saved
                 if data.val is not None:
+                    if in_parts:
+                        copy_whole(distiller.student, student.to(device))
                     logits, labels = predict(student, data.val, config.data.batch_size, accelerator)
+                    if in_parts:
+                        student.to("cpu")
                     model.train()
                     row["val/accuracy"] = metrics.accuracy(logits, labels)
                     row["val/nll"] = metrics.negative_log_likelihood(logits, labels)
@@ -134,8 +151,11 @@ def fit(
             if received or (progress.step % every == 0 if every else epoch_ends) or progress.step == total:
                 saved_step = save()
             if received and progress.step < total:
+                stop.ignore_repeats()
                 break
     bar.close()
+    if in_parts:
+        copy_whole(distiller.student, student.to(device))
     finished = progress.step == total
     return Fitted(student, tracker, progress, best, 0 if finished else received)
 
@@ -160,7 +180,9 @@ def _resume(distiller, optimizer, accelerator, run: Run) -> tuple[Progress, dict
     if found is None:
         return Progress(), {}
     progress, tensors = found
-    distiller.load_state_dict(tensors["distiller"])
+    own = distiller.state_dict()
+    saved = {name: share_out(value, own.get(name, value)) for name, value in tensors["distiller"].items()}
+    distiller.load_state_dict(saved)
     load_optimizer_tensors(optimizer, tensors["optimizer"])
     if progress.scaler is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(progress.scaler)

@@ -8,6 +8,8 @@ https://doi.org/10.1145/2660193.2660195).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,14 +44,30 @@ def key(*parts: int) -> int:
     return _signed(state)
 
 
-def keys(base: int, index: Tensor) -> Tensor:
-    """Mix a key with each integer of `index` (any shape, int64): one key an element, same shape."""
+def keys(base: int | Tensor, index: Tensor) -> Tensor:
+    """Mix a key, or keys (int64), with each integer of `index` (any shape, int64): one key an element, same shape."""
     return _finalise(base + (index + 1) * _signed(_GOLDEN))
 
 
 def uniform(key_tensor: Tensor) -> Tensor:
     """A float32 in [0, 1) for each key, from its upper 24 bits."""
     return _shift(key_tensor, 40).to(torch.float32) * (1.0 / (1 << 24))
+
+
+def integers(key_tensor: Tensor, bound: Tensor | int) -> Tensor:
+    """An integer in [0, bound) for each key, uniform to one part in 2^32; bound, up to 2^31, may be a tensor.
+
+    It is the whole part of key * bound / 2^64: exact, where a float32 has too few bits for every integer to be hit.
+    """
+    high, low = _shift(key_tensor, 32), key_tensor & 0xFFFFFFFF
+    return (high * bound + (low * bound >> 32)) >> 32
+
+
+def normal(key_tensor: Tensor) -> Tensor:
+    """A float64 of the standard normal distribution for each key (Box and Muller 1958), up to 6.8 from 0."""
+    one = (_shift(key_tensor, 32).double() + 0.5) / 2**32
+    other = (key_tensor & (2**32 - 1)).double() / 2**32
+    return (-2 * one.log()).sqrt() * (2 * math.pi * other).cos()
 
 
 def permutation(base: int, length: int) -> Tensor:

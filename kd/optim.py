@@ -11,8 +11,13 @@ from kd.config import OptimizerConfig
 from kd.errors import UserError
 
 
-def make_optimizer(config: OptimizerConfig, distiller: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: OptimizerConfig, distiller: nn.Module, device: torch.device, sharded: bool = False
+) -> torch.optim.Optimizer:
     """The optimizer of everything in the distiller that is trained.
+
+    Args:
+        sharded: the parameters will be shared out by FSDP2, for which not every fused optimizer is made.
 
     Raises:
         UserError: nothing is trained.
@@ -20,7 +25,11 @@ def make_optimizer(config: OptimizerConfig, distiller: nn.Module, device: torch.
     parameters = [p for p in distiller.parameters() if p.requires_grad]
     if not parameters:
         raise UserError("nothing is left to train; the whole network is frozen")
-    arguments = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": device.type == "cuda"}
+    arguments = {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "fused": device.type in ("cuda", "cpu") and not sharded,
+    }
     if config.name == "sgd":
         return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, **arguments)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name](parameters, **arguments)

@@ -12,18 +12,24 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """This process's part of one global batch.
+    """This process's part of one global batch, or a micro-batch of it.
 
     images: uint8 (B, C, H, W), augmented but neither resized nor normalised: each network does that for itself.
     labels: int64 (B,), index into the class names.
     index: int64 (B,), the images' places in the training set, by which everything random is keyed.
     keys: int64 (B,), a key an image for what is random inside the network (dropout); None outside training.
+    epoch: the epoch, counted from 0.
+    counts: how many images of the global batch each process has, which may be 0; None where there is one process.
+    whole: whether that is all of the global batch, and not one of its micro-batches.
     """
 
     images: Tensor
     labels: Tensor
     index: Tensor
     keys: Tensor | None = None
+    epoch: int = 0
+    counts: list[int] | None = None
+    whole: bool = True
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from kd.config import DEFAULT_LOSSES, FREE_FIELDS
+from kd.config import DEFAULT_LOSSES, FREE_FIELDS, DataConfig, DistillConfig, OptimizerConfig, TeacherConfig
 from kd.errors import UserError, unknown
 from kd.losses import LOSSES, Loss
 
@@ -105,17 +105,18 @@ def _explain(parser: ArgumentParser, message: str) -> str:
             )
         if "Problem with given class_path" in message:
             name = quoted[0].rpartition(".")[2]
-            return str(unknown(f"argument of {name}", quoted[1], _arguments_of(quoted[0]), "see --losses.help " + name))
+            return str(
+                unknown(f"argument of {name}", quoted[1], list(_arguments_of(quoted[0])), "see --losses.help " + name)
+            )
         return str(unknown("field", quoted[-1], fields))
     if message.startswith('Parser key "losses"') and "dot import path" in message:
         bad = message.rpartition(":")[2].strip()
         return str(unknown("loss", bad, LOSSES, "or the import path of your own, as my_package.MyLoss"))
-    several = re.fullmatch(
-        r'Parser key "([\w.]+)": Does not .* Subtypes: \[(.*?)\] Errors.* Given value: (.*)', message
-    )
+    several = re.fullmatch(r'Parser key "([\w.]+)": Does not .* Subtypes: \[(.*)\] Errors.* Given value: (.*)', message)
     if several:
         name, kinds, value = several.groups()
-        kinds = " or ".join(kind.replace("NoneType", "null") for kind in re.findall(r"<class '(\w+)'>", kinds)) or kinds
+        found = re.findall(r"<class '(\w+)'>|typing\.Literal(\[.*?\])", kinds)
+        kinds = " or ".join(kind.replace("NoneType", "null") or f"one of {names}" for kind, names in found) or kinds
         return f"{name}: {value!r} is of the wrong type; it takes {kinds}"
     wrong = re.fullmatch(r'Parser key "([\w.]+)": Expected a (.+)\. Got value: (.*)', message)
     if wrong:
@@ -125,11 +126,12 @@ def _explain(parser: ArgumentParser, message: str) -> str:
     return re.sub(r'^Parser key "([\w.]+)":', r"\1:", message)
 
 
-def _arguments_of(class_path: str) -> list[str]:
+def _arguments_of(class_path: str) -> dict[str, inspect.Parameter]:
     for loss in _subclasses(Loss):
-        if f"{loss.__module__}.{loss.__name__}" == class_path or loss.__name__ == class_path:
-            return list(inspect.signature(loss).parameters)
-    return []
+        names = (f"{loss.__module__}.{loss.__name__}", f"{Loss.__module__.rpartition('.')[0]}.{loss.__name__}")
+        if class_path in (*names, loss.__name__):
+            return dict(inspect.signature(loss).parameters)
+    return {}
 
 
 def _subclasses(cls) -> list[type]:
@@ -137,18 +139,45 @@ def _subclasses(cls) -> list[type]:
 
 
 def differing_fields(old: dict, new: dict) -> list[str]:
-    """The fields, dotted, in which two resolved configs differ, those that do not change the result left out."""
+    """The fields, dotted, in which two resolved configs differ, those that do not change the result left out.
+
+    What `old` lacks, because an earlier version wrote it, counts as the default.
+    """
 
     def flat(value, prefix=""):
         if isinstance(value, dict) and value:
             for key, inner in value.items():
                 yield from flat(inner, f"{prefix}.{key}" if prefix else key)
         else:
-            yield prefix, value
+            yield prefix, _with_defaults(value) if prefix == "losses" else value
 
     a, b = dict(flat(old)), dict(flat(new))
-    names = [name for name in sorted({*a, *b}) if name not in FREE_FIELDS and a.get(name) != b.get(name)]
+    a = {**{name: _default(name) for name in b}, **a}
+    names = [name for name in sorted(a | b) if name not in FREE_FIELDS and a.get(name) != b.get(name)]
     return [f"{name} ({a.get(name)!r} there, {b.get(name)!r} here)" for name in names]
+
+
+def _default(name: str):
+    """The default of a config's dotted field; None where there is none."""
+    path, _, leaf = name.rpartition(".")
+    kinds = {"": (DistillConfig, TeacherConfig), "data": (DataConfig,), "optimizer": (OptimizerConfig,)}
+    for field in (field for kind in kinds.get(path, ()) for field in dataclasses.fields(kind)):
+        if field.name == leaf and field.default is not dataclasses.MISSING:
+            return field.default
+        if field.name == leaf and field.default_factory is not dataclasses.MISSING:
+            return field.default_factory()
+    return None
+
+
+def _with_defaults(losses: list[dict]) -> list[dict]:
+    """Losses as class_path and init_args, all of their arguments among them."""
+    whole = []
+    for entry in losses if isinstance(losses, list) else []:
+        parameters = _arguments_of(entry["class_path"])
+        given = {key: p.default for key, p in parameters.items() if p.default is not inspect.Parameter.empty}
+        given = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+        whole.append({**entry, "init_args": {**given, **(entry.get("init_args") or {})}})
+    return whole
 
 
 def read_yaml(path: Path) -> dict:

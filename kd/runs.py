@@ -115,7 +115,7 @@ class Run:
         if self.overwrite:
             for name in FILES[1:]:
                 (self.folder / name).unlink(missing_ok=True)
-            for name in ("checkpoints", "wandb", "tensorboard"):
+            for name in ("checkpoints", "wandb", "tensorboard", "export"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         if self.overwrite or not (self.folder / "config.yaml").is_file():
             write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import signal
+import sys
+import warnings
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd.data import Data
 from kd.distiller import Distiller
 from kd.errors import UserError, say
-from kd.models import Classifier, View, build_classifier, load_classifier
+from kd.models import Classifier, View, build_classifier, load_classifier, reuse_head
 from kd.runs import Run
+from kd.teachers import Teacher
 from kd.track import tracker_arguments
 
 
@@ -19,7 +29,8 @@ def make_accelerator(config) -> Accelerator:
     """The accelerator of this process.
 
     Raises:
-        UserError: the global batch size cannot be shared by the processes.
+        UserError: the global batch size cannot be shared by the processes, or the launcher asks for an engine whose
+            state could not be saved whole.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if config.data.batch_size % world:
@@ -28,13 +39,62 @@ def make_accelerator(config) -> Accelerator:
             f"data.batch_size {config.data.batch_size} is not divisible by the {world} processes; "
             f"it is the global size, use for example {near}"
         )
+    stop_with_launcher()
     set_threads(config.num_threads)
+    keep_freed_memory()
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    arguments = tracker_arguments(config, config.output_dir)
-    return Accelerator(cpu=on_cpu(), mixed_precision=_precision(config.mixed_precision), **arguments)
+    # 1x1 convolutions of channels_last images: a copy of a few numbers, nothing a user could do about
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # the millisecond because Accelerate does not hand on what equals NCCL's default, and gloo's is 30 minutes
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=config.peer_timeout, milliseconds=1))
+    plugin = _sharding()
+    accelerator = Accelerator(
+        cpu=on_cpu(),
+        mixed_precision=_precision(config.mixed_precision),
+        fsdp_plugin=plugin,
+        kwargs_handlers=[patience],
+        **tracker_arguments(config, config.output_dir),
+    )
+    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # On a CPU Accelerate would take DistributedDataParallel instead without a word. Its state has two places.
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+
+def _sharding() -> FullyShardedDataParallelPlugin | None:
+    """FSDP2, where the launcher asks for it; see `accelerate_configs/fsdp2.yaml`."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UserError(
+            "DeepSpeed is not supported: its optimizer is in parts that a checkpoint here could not hold; "
+            "use accelerate_configs/fsdp2.yaml, which saves the same memory"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("FSDP version 1 is not supported; set fsdp_version: 2, see accelerate_configs/fsdp2.yaml")
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    # Half precision comes from autocast alone, as without sharding; Accelerate's policy would put the losses in it too.
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
+
+
+def _launched() -> bool:
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def stop_with_launcher() -> None:
+    """Let this process have SIGTERM when the launcher that started it dies, whatever of: then it saves and stops.
+
+    Launchers pass on SIGTERM and SIGINT at most; killed by anything else they leave the processes behind, training on
+    without a terminal. Linux only.
+    """
+    if sys.platform == "linux" and _launched():
+        pr_set_pdeathsig = 1  # name of sys/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def set_threads(asked: int | None = None) -> None:
@@ -43,12 +103,25 @@ def set_threads(asked: int | None = None) -> None:
     Without a config file `accelerate launch` sets OMP_NUM_THREADS to 1, and so does torchrun: on a laptop most of the
     CPU would idle. A number of the user's own, other than 1, is kept.
     """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if asked is None and launched and on_cpu() and os.environ.get("OMP_NUM_THREADS") == "1":
+    if asked is None and _launched() and on_cpu() and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         asked = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if asked is not None:
         torch.set_num_threads(asked)
+
+
+def keep_freed_memory() -> None:
+    """On a CPU, let the C library keep freed memory for the next step instead of giving it back to the system.
+
+    Each step allocates the same large tensors; glibc maps and unmaps those above 32 MB each time, and the kernel clears
+    every page again. Where the library is another one nothing happens.
+    """
+    if not on_cpu() or platform.libc_ver()[0] != "glibc":
+        return
+    mmap_max, trim_threshold = -4, -1  # names of malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def on_cpu() -> bool:
@@ -101,6 +174,49 @@ def build_trained(name: str, data: Data, config) -> Classifier:
     return classifier
 
 
+def build_student(data: Data, config, teacher: Teacher) -> Classifier:
+    """The student to train, with the teacher's head behind it where `config.reuse_head` says so.
+
+    `config.weights` and `config.init_from` are the student's own first weights, as it was before.
+
+    Raises:
+        UserError: as `build_trained` and `reuse_head`.
+    """
+    student = build_trained(config.student, data, config)
+    if not config.reuse_head:
+        return student
+    torch.manual_seed(config.seed)
+    return reuse_head(student, teacher.members[0], data.image_shape, config.reuse_tap)
+
+
+def choose_batch_norm(distiller: Distiller, config, accelerator: Accelerator) -> None:
+    """Let batch norm see what `config.sync_batch_norm` says, and say it where it is not all of the global batch.
+
+    Raises:
+        UserError: it is to be synchronised on a CPU.
+    """
+    layers = [module for module in distiller.modules() if isinstance(module, _BatchNorm) and module.training]
+    world, several = accelerator.num_processes, accelerator.num_processes > 1
+    if not layers or not (several or config.accumulate > 1):
+        return
+    if several and config.sync_batch_norm:
+        if accelerator.device.type == "cpu":
+            raise UserError(
+                "sync_batch_norm true: torch's SyncBatchNorm runs on GPUs only; set it to false (each process "
+                "normalises with its own images), or use one process"
+            )
+        for layer in layers:  # not torch's convert_sync_batchnorm: its new modules lose their hooks, which are the taps
+            layer.__class__, layer.process_group = nn.SyncBatchNorm, None
+    images = -(-config.data.batch_size // (world * config.accumulate))
+    at_a_time = f"{images} images at a time" if config.accumulate > 1 else f"{images} images"
+    if not several:
+        say(f"batch norm: over {at_a_time}")
+    elif config.sync_batch_norm:
+        say(f"batch norm: synchronised, over the {world} processes' {at_a_time}")
+    else:
+        say(f"batch norm: local, over each process's own {at_a_time} (--sync_batch_norm true on GPUs)")
+
+
 @torch.no_grad()
 def check_images(classifier: Classifier, data: Data, name: str) -> None:
     """Try one blank image.
@@ -144,4 +260,5 @@ def announce(distiller: Distiller, data: Data, config, accelerator: Accelerator)
     world, batch = accelerator.num_processes, config.data.batch_size
     shares = f"batch {batch} = {world} x {batch // world}"
     threads = f" with {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
-    say(f"on {accelerator.device.type}{threads}, precision {accelerator.mixed_precision}, {shares}")
+    parts = f", weights in {world} parts (FSDP2)" if accelerator.is_fsdp2 else ""
+    say(f"on {accelerator.device.type}{threads}, precision {accelerator.mixed_precision}, {shares}{parts}")

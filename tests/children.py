@@ -19,10 +19,11 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def start(script: str, arguments, environment: dict | None = None, sabotage: tuple | None = None):
+def start(script: str, arguments, environment: dict | None = None, sabotage=None):
     """Start a script; `sabotage` is (dotted name, n): SIGKILL to itself when that function is called the n-th time.
 
-    A dotted name may end in `:SIGNAL` to send another signal to itself instead.
+    A dotted name may end in `:SIGNAL` to send another signal to itself instead. In place of the pair there may be a
+    function (picklable), which is called in the process before the script.
     """
     process = CONTEXT.Process(
         target=_run, args=(script, [str(a) for a in arguments], dict(environment or {}), sabotage), daemon=True
@@ -42,22 +43,26 @@ def finish(*processes, timeout: float = 120) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def run(script: str, arguments, environment: dict | None = None, sabotage: tuple | None = None) -> int:
+def run(script: str, arguments, environment: dict | None = None, sabotage=None) -> int:
     """Start a script and wait for it."""
     return finish(start(script, arguments, environment, sabotage))[0]
 
 
-def run_several(script: str, arguments, count: int, sabotage: tuple | None = None) -> list[int]:
+def run_several(script: str, arguments, count: int, sabotage=None, environment: dict | None = None) -> list[int]:
     """Start `count` processes of one job over gloo, as torchrun would, and wait for them."""
-    return finish(*start_several(script, arguments, count, sabotage))
+    return finish(*start_several(script, arguments, count, sabotage, environment))
 
 
-def start_several(script: str, arguments, count: int, sabotage: tuple | None = None) -> list:
-    """Start `count` processes of one job over gloo, as torchrun would; the sabotage is the last one's."""
+def start_several(script: str, arguments, count: int, sabotage=None, environment: dict | None = None) -> list:
+    """Start `count` processes of one job over gloo, as torchrun would.
+
+    The sabotage is in the last of them, or in all of them if it is a function.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {
+        **(environment or {}),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
@@ -65,7 +70,10 @@ def start_several(script: str, arguments, count: int, sabotage: tuple | None = N
         "ACCELERATE_USE_CPU": "true",
     }
     ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    return [start(script, arguments, env, sabotage if env["RANK"] == str(count - 1) else None) for env in ranks]
+    return [
+        start(script, arguments, env, sabotage if callable(sabotage) or env["RANK"] == str(count - 1) else None)
+        for env in ranks
+    ]
 
 
 def _run(script, arguments, environment, sabotage) -> None:
@@ -74,7 +82,9 @@ def _run(script, arguments, environment, sabotage) -> None:
         os.environ.pop(name, None)
     from kd.errors import run_script
 
-    if sabotage is not None:
+    if callable(sabotage):
+        sabotage()
+    elif sabotage is not None:
         _sabotage(*sabotage)
     sys.argv = [script, *arguments]
     run_script(importlib.import_module(script).main)

@@ -172,6 +172,14 @@ WRONG = [
         ("--select", "best", "--data.val_fraction", 0), ["select best", "data.val_fraction"], id="best of nothing"
     ),
     pytest.param(("--output_dir", ""), ["output_dir is empty"], id="no output_dir"),
+    pytest.param(("--accumulate", 0), ["accumulate 0", "from 1 to data.batch_size (12)"], id="accumulate 0"),
+    pytest.param(("--accumulate", 13), ["accumulate 13", "from 1 to data.batch_size (12)"], id="accumulate 13"),
+    pytest.param(
+        ("--accumulate", 2, "--losses", losses(("DIST", {}), ("CrossEntropy", {}))),
+        ["accumulate 2: DIST compares the images of a whole batch", "set accumulate 1"],
+        id="accumulate what sees the batch",
+    ),
+    pytest.param(("--peer_timeout", 0), ["peer_timeout 0", "1 or more"], id="peer_timeout 0"),
     pytest.param(
         ("--losses", losses(("KL", {}))), ["losses: KL needs a teacher", "distill.py --teacher"], id="loss with teacher"
     ),
@@ -480,6 +488,23 @@ def test_evaluate_on_fewer_images_than_the_run_was_trained_on(call, teacher, tmp
 
 def test_evaluate_on_a_split_that_is_not_there(call, teacher):
     assert_one_line(call("evaluate", teacher, "--split", "val"), "without a validation split", "--split test")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--corruption", "fog"), ["corruption", "fog", "gaussian_noise", "contrast"]),
+        (("--corruption", "blur"), ["corruption blur needs a severity from 1 to 5"]),
+        (("--corruption", "blur", "--severity", 6), ["severity 6 must be from 1 to 5"]),
+        (("--corruption", "all", "--severity", 2), ["severity 2 needs one corruption", "all measures every severity"]),
+        (("--severity", 2), ["severity 2 needs one corruption", "--corruption blur"]),
+        (("--taps", "[pool]"), ["taps 'pool'", "STUDENT_MODULE:TEACHER_MODULE"]),
+        (("--format", "html"), ["format", "html", "markdown"]),
+        (("--baseline", "runs/other"), ["unknown baseline 'runs/other'", "one of the runs"]),
+    ],
+)
+def test_evaluate_refuses(call, flags, words):
+    assert_one_line(call("evaluate", "runs/x", *flags), *words)
 
 
 def test_teacher_of_other_classes(refused, teacher, image_folder):

@@ -133,3 +133,38 @@ def test_the_launchers_single_thread_is_not_taken_for_the_users_wish(monkeypatch
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     set_threads(asked)
     assert chosen == ([] if expected is None else [expected])
+
+
+def test_a_run_of_an_earlier_version_goes_on():
+    """Fields and arguments that its config.yaml does not know yet count as their defaults."""
+    from kd.parse import differing_fields
+
+    new = parse(DistillConfig, ["--config", "recipes/digits/kd.yaml"]).resolved
+    old = yaml.safe_load(yaml.safe_dump(new))
+    del old["reuse_head"], old["data"]["pad_crop"], old["losses"][0]["init_args"]["standardize"]
+    assert differing_fields(old, new) == []
+    old["losses"][0]["init_args"]["temperature"] = 2.0
+    old["data"]["flip"] = True
+    assert [text.split()[0] for text in differing_fields(old, new)] == ["data.flip", "losses"]
+    new["reuse_head"] = True
+    assert [text.split()[0] for text in differing_fields(old, new)] == ["data.flip", "losses", "reuse_head"]
+
+
+def test_freed_memory_is_kept_on_a_cpu_only(monkeypatch):
+    import ctypes
+
+    from kd import setup
+
+    calls = []
+    library = type("Library", (), {"mallopt": lambda self, *arguments: calls.append(arguments)})()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(setup.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(setup, "on_cpu", lambda: False)
+    setup.keep_freed_memory()
+    assert calls == []
+    monkeypatch.setattr(setup, "on_cpu", lambda: True)
+    setup.keep_freed_memory()
+    assert calls == [(-4, 0), (-1, 2**31 - 1)]
+    monkeypatch.setattr(setup.platform, "libc_ver", lambda: ("", ""))
+    setup.keep_freed_memory()
+    assert len(calls) == 2

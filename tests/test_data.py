@@ -609,6 +609,33 @@ def test_weights_make_the_mean_over_processes_the_global_mean(world, count):
         assert sum(weight for _, weight in parts) == pytest.approx(world)
 
 
+@pytest.mark.parametrize("accumulate", [2, 3, 5, 12])
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("step", [0, 2])  # the second is a last batch of 2 images
+def test_micro_batches_are_the_same_global_batch(world, step, accumulate):
+    """Of each process its own part, in order, cut into so many; together they weigh as much as the whole."""
+    split = make_split(26)
+    values, seen, total = np.random.default_rng(0).normal(size=29), 0, 0.0
+    whole = batches(split).positions(step) + 3
+    for rank in range(world):
+        cut = TrainBatches(split, 12, 5, rank, world, True, 2, accumulate)
+        part, weight = batches(split, rank=rank, world=world).read(step, CPU)
+        micro = [cut.read(step, CPU, number) for number in range(cut.num_micro(step))]
+        assert len(micro) <= accumulate
+        assert all(len(each.labels) for each, _ in micro)
+        kept = [each for each, share in micro if share]
+        if rank == 0:
+            assert len(kept) == len(micro)  # its running statistics are those that stay
+        if weight:
+            for name in ("images", "labels", "index", "keys"):
+                assert torch.equal(torch.cat([getattr(each, name) for each in kept]), getattr(part, name))
+            seen += sum(len(each.labels) for each in kept)
+        total += sum(values[each.index].mean() * share for each, share in micro) / world
+        assert all(each.whole == (len(micro) == 1) for each, _ in micro)
+    assert seen == len(whole)
+    assert total == pytest.approx(values[whole].mean(), rel=1e-12)
+
+
 # Keyed randomness
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import children
 import pytest
+import torch
 import yaml
-from conftest import ROOT, SMALL, UNEVEN
+from conftest import ROOT, SMALL, UNEVEN, assert_one_line
 from test_resume import rows
+
+import kd
+from kd.losses import Loss
 
 # SGD: Adam divides by the size of tiny gradients and so magnifies rounding. 200 digits in batches of 48: the epoch's
 # last batch has 8 images. light_nn has dropout, whose masks do not depend on the number of processes either.
@@ -52,6 +57,135 @@ def test_several_processes_give_the_losses_of_one(alone, tmp_path, count):
     assert several["num_processes"] == count
     assert several["test_accuracy"] == one["test_accuracy"]
     assert several["test_nll"] == pytest.approx(one["test_nll"], rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [2, 5])
+def test_accumulation_gives_the_same_losses(alone, tmp_path, call, accumulate):
+    command = (*ARGUMENTS, "--output_dir", tmp_path / "run", "--accumulate", accumulate)
+    assert call("train_teacher", *command).status == 0
+    close(rows(alone), rows(tmp_path / "run"), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "accumulate"), [(2, 3), (4, 1), (4, 3)])
+def test_accumulation_on_several_processes_gives_the_same_losses(alone, tmp_path, count, accumulate):
+    """The epoch's last 8 images are cut into 2 micro-batches of 1 image on each of 4 processes."""
+    command = (*ARGUMENTS, "--output_dir", tmp_path / "run", "--accumulate", accumulate)
+    assert (
+        children.run_several("train_teacher", command, count, CountReductions(tmp_path / "reductions")) == [0] * count
+    )
+    close(rows(alone), rows(tmp_path / "run"), 1e-4)
+    # gradients are exchanged once a step, however many micro-batches it has: 10 steps, as without accumulation
+    assert (tmp_path / "reductions").read_text() == "x" * 10
+
+
+class CountReductions:
+    """In the first of several processes: note each time DistributedDataParallel averages gradients."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __call__(self) -> None:
+        from torch.nn.parallel import DistributedDataParallel
+
+        first = DistributedDataParallel.forward
+
+        def forward(module, *inputs, **arguments):
+            if module.require_backward_grad_sync and os.environ["RANK"] == "0":
+                with self.file.open("a") as file:
+                    file.write("x")
+            return first(module, *inputs, **arguments)
+
+        DistributedDataParallel.forward = forward
+
+
+def test_the_learning_rate_does_not_depend_on_the_number_of_processes_or_micro_batches(alone):
+    assert {row["lr"] for row in rows(alone) if "lr" in row} == {0.05}
+
+
+@pytest.mark.slow
+def test_local_batch_norm_is_measured_as_it_is_saved(tmp_path, call):
+    """Each process has running statistics of its own images; those of the first are saved, so all measure with them."""
+    command = (
+        *ARGUMENTS,
+        "--model",
+        "resnet8",
+        "--select",
+        "best",
+        "--accumulate",
+        2,
+        "--output_dir",
+        tmp_path / "run",
+    )
+    assert children.run_several("train_teacher", command, 2) == [0, 0]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    for split in ("test", "val"):
+        evaluate = ("evaluate", tmp_path / "run", "--split", split, "--latency", "false")
+        assert call(*evaluate, "--json", tmp_path / "alone.json").status == 0
+        measured = json.loads((tmp_path / "alone.json").read_text())["runs"][0]
+        assert measured["top1"] == summary[f"{split}_accuracy"]
+        if split == "test":
+            assert measured["nll"] == pytest.approx(summary["test_nll"], rel=1e-5)
+
+
+class FakeAccelerator:
+    def __init__(self, num_processes: int, device: str):
+        self.num_processes, self.device = num_processes, torch.device(device)
+
+
+@pytest.fixture
+def batch_norm():
+    """A small network with batch norm, tapped at one of its layers and with another frozen; and how to choose."""
+    from kd.config import TeacherConfig
+    from kd.distiller import Distiller
+    from kd.losses import CrossEntropy
+    from kd.models import View, build_classifier, freeze
+    from kd.setup import choose_batch_norm
+
+    classifier = build_classifier("resnet8", ["a", "b"], View(channels=3))
+    layers = [module for module in classifier.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    freeze(layers[0])
+    distiller, seen = Distiller(classifier, [CrossEntropy()]), []
+    layers[1].register_forward_hook(lambda *_: seen.append(1))
+
+    def choose(world, device, **settings):
+        choose_batch_norm(distiller, TeacherConfig(**settings), FakeAccelerator(world, device))
+        return distiller, layers, seen
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("world", "settings", "said"),
+    [
+        (1, {}, ""),
+        (1, {"sync_batch_norm": True}, ""),
+        (1, {"accumulate": 4}, "batch norm: over 16 images at a time\n"),
+        (2, {}, "batch norm: local, over each process's own 32 images (--sync_batch_norm true on GPUs)\n"),
+        (4, {"accumulate": 2}, "own 8 images at a time (--sync_batch_norm true on GPUs)\n"),
+        (2, {"sync_batch_norm": True}, "batch norm: synchronised, over the 2 processes' 32 images\n"),
+    ],
+)
+def test_batch_norms_choice_is_said(batch_norm, capsys, world, settings, said):
+    distiller, layers, seen = batch_norm(world, "cuda", **settings)
+    out = capsys.readouterr().out
+    assert out.endswith(said)
+    assert bool(out) == bool(said)
+    synchronised = "synchronised" in said
+    kinds = {type(layer) for layer in layers[1:]}
+    assert kinds == {torch.nn.SyncBatchNorm if synchronised else torch.nn.BatchNorm2d}
+    assert type(layers[0]) is torch.nn.BatchNorm2d  # frozen: it has nothing to synchronise
+    assert list(distiller.student.modules()).count(layers[1]) == 1
+    assert distiller.train().student(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).isfinite().all()
+    assert seen == [1]  # its hook is still there
+    assert not layers[0].training
+
+
+def test_synchronised_batch_norm_on_cpus_is_refused(batch_norm):
+    from kd.errors import UserError
+
+    with pytest.raises(UserError, match=r"sync_batch_norm true.* runs on GPUs only.*set it to false"):
+        batch_norm(2, "cpu", sync_batch_norm=True)
 
 
 @pytest.mark.slow
@@ -97,12 +231,15 @@ def test_distillation_and_evaluation_on_two_processes(teacher_run, tmp_path):
     close(rows(tmp_path / "one"), rows(tmp_path / "two"), 1e-4)
     for count in (1, 2):
         evaluate = (tmp_path / "one", "--json", tmp_path / f"{count}.json", "--latency", "false")
+        evaluate = (*evaluate, "--taps", "[features.3:features.0]", "--corruption", "gaussian_noise", "--severity", 5)
         assert children.run_several("evaluate", evaluate, count) == [0] * count
-    numbers = [json.loads((tmp_path / f"{count}.json").read_text())[0] for count in (1, 2)]
+    numbers = [json.loads((tmp_path / f"{count}.json").read_text())["runs"][0] for count in (1, 2)]
     assert numbers[0]["num_images"] == numbers[1]["num_images"] == 359
-    for key in ("top1", "agreement", "confusion", "per_class"):
+    for key in ("top1", "agreement", "confusion", "per_class", "wrong", "only_teacher_right", "images", "experiment"):
         assert numbers[0][key] == numbers[1][key]
-    assert numbers[0]["nll"] == pytest.approx(numbers[1]["nll"], rel=1e-6)
+    for key in ("nll", "kl", "temperature"):
+        assert numbers[0][key] == pytest.approx(numbers[1][key], rel=1e-5)
+    assert numbers[0]["cka"][0]["cka"] == pytest.approx(numbers[1]["cka"][0]["cka"], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -113,35 +250,118 @@ def test_a_failure_on_one_process_is_said_and_ends_both(tmp_path, image_folder):
     assert all(status != 0 for status in statuses)
 
 
-@pytest.mark.parametrize("name", ["cpu", "cpu_2proc", "single_gpu", "multi_gpu"])
+# FSDP version 2, as `accelerate launch` asks for it; without GPUs, which Accelerate would take rather than the CPU.
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.slow
+def test_fsdp2_gives_the_losses_of_one_process_and_resumes_exactly(alone, tmp_path):
+    for name, sabotage in (("whole", None), ("cut", ("kd.meter.Meter.add:SIGTERM", 6))):
+        command = (*ARGUMENTS, "--output_dir", tmp_path / name)
+        statuses = children.run_several("train_teacher", command, 2, sabotage, FSDP2)
+        assert statuses == ([0, 0] if sabotage is None else [143, 143])
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (alone, tmp_path / "whole")]
+    assert [summary["sharded"] for summary in summaries] == [False, True]
+    close(rows(alone), rows(tmp_path / "whole"), 1e-4)
+    assert kd.load(tmp_path / "whole").network.state_dict().keys() == kd.load(alone).network.state_dict().keys()
+    shutil.copytree(tmp_path / "cut", tmp_path / "other")
+    # the checkpoint is whole: it goes on exactly on as many processes, and without FSDP2 to rounding
+    result = launch("fsdp2", *command, "--num_threads", 1)  # not forked: each process reads in an order of its own
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "cut/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert children.run("train_teacher", (*ARGUMENTS, "--output_dir", tmp_path / "other")) == 0
+    close(rows(alone), rows(tmp_path / "other"), 1e-4)
+
+
+class Remembering(Loss):
+    """Distance to the mean of the logits that this process saw at the step before: a buffer that nobody keeps equal."""
+
+    needs_teacher = False
+
+    def setup(self, setting):
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, student, teacher, batch):
+        value = (student.logits - self.seen).square().mean()
+        self.seen.copy_(student.logits.detach().mean())
+        return value
+
+
+@pytest.mark.slow
+def test_fsdp2_by_blocks_with_losses_that_learn_and_remember(teacher_run, tmp_path):
+    command = (
+        *("--config", "recipes/digits/kd.yaml", "--teacher", teacher_run, "--report_to", "none"),
+        *("--student", "resnet18", "--data.num_train", 72, "--data.batch_size", 24, "--epochs", 1, "--log_every", 1),
+        *("--optimizer.name", "sgd", "--optimizer.clip_norm", 0.5, "--losses+=test_parallel.Remembering"),
+        *("--losses+=CC", "--losses.init_args.student_tap", "layer4", "--losses.init_args.teacher_tap", "features"),
+        "--output_dir",
+    )
+    blocks = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicBlock"}
+    assert children.run_several("distill", (*command, tmp_path / "ddp"), 2) == [0, 0]
+    assert children.run_several("distill", (*command, tmp_path / "fsdp"), 2, None, {**FSDP2, **blocks}) == [0, 0]
+    # not the epoch's row: DDP evaluates with each process's own batch norm statistics
+    training = [[row for row in rows(tmp_path / name) if "lr" in row] for name in ("ddp", "fsdp")]
+    assert len(training[0]) == 3
+    close(*training, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, ("DeepSpeed", "fsdp2.yaml")),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, ("version 1", "fsdp_version: 2")),
+    ],
+)
+def test_engines_that_could_not_be_saved_whole_are_refused(call, monkeypatch, tmp_path, environment, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert_one_line(call("train_teacher", *SMALL, "--output_dir", tmp_path / "run"), *words)
+    assert not (tmp_path / "run").exists()
+
+
+PROCESSES = {
+    "cpu": 1,
+    "cpu_2proc": 2,
+    "single_gpu": 1,
+    "multi_gpu": 8,
+    "multi_node": 16,
+    "fsdp2": 8,
+    "deepspeed_zero2": 8,
+}
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))])
 def test_launch_configs_are_read_by_accelerate(name):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(ROOT / "accelerate_configs" / f"{name}.yaml"))
-    assert config.num_processes == {"cpu": 1, "cpu_2proc": 2, "single_gpu": 1, "multi_gpu": 8}[name]
+    assert config.num_processes == PROCESSES[name]
     assert config.use_cpu == name.startswith("cpu")
+    if name == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cpu", "cpu_2proc"])
+@pytest.mark.parametrize("name", ["cpu", "cpu_2proc", "fsdp2"])
 def test_accelerate_launch(tmp_path, name):
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        f"accelerate_configs/{name}.yaml",
-        "train_teacher.py",
-        *map(str, SMALL),
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--report_to",
-        "none",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    result = launch(name, *SMALL, "--output_dir", tmp_path / "run", "--report_to", "none")
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["num_processes"] == (2 if name == "cpu_2proc" else 1)
+    assert summary["num_processes"] == (1 if name == "cpu" else 2)
     assert result.stdout.count("test accuracy") == 1
+    assert ("weights in 2 parts (FSDP2)" in result.stdout) == (name == "fsdp2")
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"] == "mnist_student"
+
+
+def launch(name: str, *arguments) -> subprocess.CompletedProcess:
+    """`accelerate launch` with one of the config files, on at most two processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += [
+        "--config_file",
+        f"accelerate_configs/{name}.yaml",
+        *(["--num_processes", "2"] if name == "fsdp2" else []),
+    ]
+    command += ["train_teacher.py", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

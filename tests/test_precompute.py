@@ -54,6 +54,7 @@ def test_a_teachers_table_gives_the_run_of_the_teacher(distil, tmp_path, losses)
     assert_close(tmp_path / "live", tmp_path / "table", 1e-5)
 
 
+@pytest.mark.slow
 def test_a_table_is_reused_by_other_students_seeds_and_losses_and_gives_the_same_bytes(distil, tmp_path):
     split = ("--data.split_seed", 11)
     first, made = distil("first", *split)

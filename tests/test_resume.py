@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import children
 import pytest
-from conftest import UNEVEN
+from conftest import ROOT, UNEVEN
 
 from kd.checkpoint import checkpoints, load_newest
 
@@ -64,9 +68,10 @@ def uninterrupted(tmp_path_factory) -> Path:
     [
         [("kd.meter.Meter.add", 1)],  # before the first checkpoint
         [("kd.meter.Meter.add", 4), ("kd.meter.Meter.add", 3), ("kd.meter.Meter.add", 6)],  # three times
-        [("kd.checkpoint._write", 2), ("kd.checkpoint._write", 5)],  # inside a checkpoint's files
-        # the checkpoint is whole but not renamed; while an old one is deleted; between the results' files
+        [("kd.checkpoint._write", 2)],  # inside a checkpoint's files
+        # twice there; the checkpoint is whole but not renamed; while an old one is deleted; between the results' files
         *slow(
+            [("kd.checkpoint._write", 2), ("kd.checkpoint._write", 5)],
             [("kd.checkpoint.os.rename", 3)],
             [("kd.checkpoint.shutil.rmtree", 4)],
             [("kd.runs.write_atomic", 3), ("kd.runs.write_atomic", 2)],
@@ -96,6 +101,31 @@ def test_stopped_by_a_signal_saves_where_it_is(uninterrupted, tmp_path, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("after", ["", "epoch 1/"])
+def test_a_signal_that_is_sent_again_and_again_changes_nothing(tmp_path, after):
+    """In a Python of its own, to its very end: while it ends it forgets handlers, and the signal would kill."""
+    arguments = (*ARGUMENTS, "--epochs", 500, "--log_every", 1000, "--output_dir", tmp_path / "run")
+    with subprocess.Popen(
+        [sys.executable, "train_teacher.py", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),  # as slurm/train.sbatch starts the launcher
+    ) as process:
+        while after and not process.stdout.readline().startswith(after):
+            assert process.poll() is None, process.stderr.read()
+        while process.poll() is None:
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(0.002)
+        out, err = process.communicate()
+    assert process.returncode == 128 + signal.SIGUSR1, err
+    assert "Traceback" not in err
+    said = "stopped by SIGUSR1 after step" if after else "stopped by SIGUSR1; the same command goes on"
+    assert said in out + err
+
+
+@pytest.mark.slow
 def test_distillation_is_resumed_too(teacher_run, tmp_path):
     command = (
         "--config",
@@ -120,6 +150,32 @@ def test_distillation_is_resumed_too(teacher_run, tmp_path):
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_losses_that_learn_draw_and_remember_are_resumed_too(teacher_run, tmp_path):
+    last, stages = ("features.8", "features.7"), (["features.5", "features.8"], ["features.4", "features.7"])
+    one, several = ("student_tap", "teacher_tap"), ("student_taps", "teacher_taps")
+    losses = [
+        {"class_path": "CRD", "init_args": {**dict(zip(one, last, strict=True)), "negatives": 64}},
+        {"class_path": "MGD", "init_args": dict(zip(one, last, strict=True))},
+        {"class_path": "ReviewKD", "init_args": {**dict(zip(several, stages, strict=True)), "weight": 1.0}},
+        {"class_path": "OFD", "init_args": dict(zip(several, stages, strict=True))},
+        {"class_path": "CTKD"},
+    ]
+    command = ("--student", "mnist_student", "--teacher", teacher_run, "--data.resize", 28, "--data.num_train", 200)
+    command += ("--epochs", 2, "--checkpoint_every", 1, "--log_every", 1, "--losses", json.dumps(losses))
+    command += ("--report_to", "none", "--output_dir")
+    assert children.run("distill", (*command, tmp_path / "whole")) == 0
+    for moment in (3, 4):
+        assert children.run("distill", (*command, tmp_path / "cut"), sabotage=("kd.meter.Meter.add", moment)) == -9
+    assert children.run("distill", (*command, tmp_path / "cut")) == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    steps = [checkpoints(tmp_path / name / "checkpoints")[0] for name in ("whole", "cut")]
+    learned = [(step / "distiller.safetensors").read_bytes() for step in steps]
+    assert learned[0] == learned[1]
 
 
 @pytest.mark.parametrize("damage", ["flip", *slow("truncate", "missing", "state")])

@@ -25,9 +25,10 @@ ROOMS = (
     ("precompute",),
     ("track",),
     ("fit",),
-    ("setup", "conclude"),
+    ("setup", "conclude", "compare"),
     ("evaluation",),
-    ("report",),
+    ("tables",),
+    ("report", "export"),
 )
 KNOWS_PROCESSES = {"fit", "track", "setup", "conclude", "parallel"}
 
@@ -122,7 +123,7 @@ def test_help_names_every_field_and_loss(capsys):
 
 
 @pytest.mark.parametrize(
-    "recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
+    "recipe", sorted((ROOT / "recipes").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
 )
 def test_every_recipe_is_accepted_and_names_its_command(recipe):
     from kd.config import DistillConfig, TeacherConfig
@@ -144,7 +145,7 @@ def test_nothing_of_this_machine():
     for name in listed.stdout.splitlines():
         path = ROOT / name
         if (
-            path.suffix in (".py", ".md", ".yaml", ".toml", ".txt", ".sh", "")
+            path.suffix in (".py", ".md", ".yaml", ".toml", ".txt", ".sh", ".sbatch", "")
             and path.is_file()
             and path != Path(__file__)
         ):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kd import keyed
 from kd.data.augment import augment
+from kd.data.corrupt import corrupt
 from kd.data.sources import find_source
 from kd.data.split import balanced_order, carve
 from kd.data.store import Store, open_stores
@@ -52,6 +53,19 @@ class Split:
 
 
 @dataclass
+class CorruptedSplit(Split):
+    """A split whose images are read corrupted, see `kd.data.corrupt`."""
+
+    corruption: str
+    severity: int
+
+    def read(self, where: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        images, labels, index = super().read(where, torch.device("cpu"))
+        images = corrupt(images, index, self.corruption, self.severity)
+        return images.to(device), labels.to(device), index.to(device)
+
+
+@dataclass
 class Data:
     """The splits of a source and its class names; val is None when nothing is set aside for validation."""
 
@@ -65,6 +79,13 @@ class Data:
         """(C, H, W) of the stored images."""
         return tuple(self.train.store.images.shape[1:])
 
+    @property
+    def train_labels(self) -> Tensor:
+        """int64 (N,), the label at each place of the training images' store; -1 where no training image is."""
+        labels = torch.full((len(self.train.store),), -1)
+        labels[self.train.places] = torch.from_numpy(self.train.labels)
+        return labels
+
 
 class TrainBatches:
     """The training images of each step: a function of (seed, step) alone, cut into one part a process.
@@ -75,13 +96,22 @@ class TrainBatches:
         seed: of order, views and dropout.
         rank, num_processes: which part of each global batch is this process's; the first parts are the larger ones.
         flip, pad_crop: the random views, see `augment`.
+        accumulate: into how many micro-batches a process's part is cut.
     """
 
     def __init__(
-        self, split: Split, batch_size: int, seed: int, rank: int, num_processes: int, flip: bool, pad_crop: int
+        self,
+        split: Split,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        num_processes: int,
+        flip: bool,
+        pad_crop: int,
+        accumulate: int = 1,
     ):
         self.split, self.batch_size, self.seed = split, batch_size, seed
-        self.rank, self.num_processes = rank, num_processes
+        self.rank, self.num_processes, self.accumulate = rank, num_processes, accumulate
         self.flip, self.pad_crop = flip, pad_crop
         self.steps_per_epoch = -(-len(split) // batch_size)
         self._epoch, self._order = -1, np.empty(0)
@@ -94,30 +124,41 @@ class TrainBatches:
             self._epoch = epoch
         return self._order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
-    def read(self, step: int, device: torch.device) -> tuple[Batch, float]:
-        """This process's part of a step's batch, and the weight that makes the processes' mean the global mean.
+    def num_micro(self, step: int) -> int:
+        """How many micro-batches a step has, equal on all processes; none is empty on the first one."""
+        return min(self.accumulate, -(-len(self.positions(step)) // self.num_processes))
+
+    def read(self, step: int, device: torch.device, micro: int = 0) -> tuple[Batch, float]:
+        """This process's micro-batch of a step, and the weight that makes the sum over the step's micro-batches, and
+        the mean over the processes, the mean over the global batch.
 
         A process whose part is empty (the last batch has fewer images than there are processes) gets the batch's first
         image with weight 0, since every process must take part in the step.
         """
-        whole = self.positions(step)
-        part = np.array_split(whole, self.num_processes)[self.rank]
+        whole, num_micro = self.positions(step), self.num_micro(step)
+        parts = [np.array_split(part, num_micro)[micro] for part in np.array_split(whole, self.num_processes)]
+        part = parts[self.rank]
         weight = len(part) * self.num_processes / len(whole)
         images, labels, index = self.split.read(part if len(part) else whole[:1], device)
         epoch = step // self.steps_per_epoch
         images = augment(images, keyed.keys(keyed.key(self.seed, VIEW, epoch), index), self.flip, self.pad_crop)
-        return Batch(images, labels, index, keyed.keys(keyed.key(self.seed, DROPOUT, epoch), index)), weight
+        counts = [len(part) for part in parts] if self.num_processes > 1 else None
+        keys = keyed.keys(keyed.key(self.seed, DROPOUT, epoch), index)
+        return Batch(images, labels, index, keys, epoch, counts, num_micro == 1), weight
 
 
-def load_data(config) -> Data:
+def load_data(config, download: bool = True) -> Data:
     """Open a `kd.config.DataConfig`'s source and make its splits.
+
+    Args:
+        download: False to refuse a named set that is not on this disk instead of fetching it.
 
     Raises:
         UserError: the source cannot be read, has one class, or is too small for what is asked.
     """
     cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
     download_dir = Path(config.download_dir).expanduser() if config.download_dir else cache_dir / "downloads"
-    source = find_source(config.source, download_dir, config.image_column, config.label_column)
+    source = find_source(config.source, download_dir, config.image_column, config.label_column, download)
     classes, stores = open_stores(source, config.channels, config.resize, config.skip_unreadable, cache_dir)
     if len(classes) < 2:
         raise UserError(

@@ -50,7 +50,9 @@ class Source:
     notes: list[str] = field(default_factory=list)
 
 
-def find_source(source: str, download_dir: Path, image_column: str | None, label_column: str | None) -> Source:
+def find_source(
+    source: str, download_dir: Path, image_column: str | None, label_column: str | None, download: bool = True
+) -> Source:
     """The source of that name, Hub name or folder.
 
     Raises:
@@ -58,7 +60,7 @@ def find_source(source: str, download_dir: Path, image_column: str | None, label
     """
     notes: list[str] = []
     if source in NAMED:
-        opener = _open_digits if source == "digits" else lambda: _open_torchvision(source, download_dir)
+        opener = _open_digits if source == "digits" else lambda: _open_torchvision(source, download_dir, download)
         return Source(source, opener)
     if source.startswith("hub:"):
         dataset = _load_hub(source[4:])
@@ -111,7 +113,7 @@ def _open_digits():
     return names, {"train": RawSplit(images, digits.target.astype(np.int64), lambda i: f"digit {i}")}
 
 
-def _open_torchvision(source: str, root: Path):
+def _open_torchvision(source: str, root: Path, download: bool):
     import torchvision.datasets as sets
 
     where = {
@@ -135,6 +137,8 @@ def _open_torchvision(source: str, root: Path):
                 try:
                     parts[split] = builder(root, **argument, download=False)
                 except RuntimeError:  # "Dataset not found or corrupted"
+                    if not download:
+                        raise UserError(f"{source} is not in {root}") from None
                     say(f"downloading {source} to {root}")
                     parts[split] = builder(root, **argument, download=True)
             except (OSError, RuntimeError) as error:
