@@ -105,6 +105,9 @@ for pair in $STATUSES; do echo "${pair#*=}" >"$2/${pair%=*}"; done
 if [[ $SENT ]]; then trap 'exit "$CODE"' USR1; kill -"$SENT" "$PPID"; sleep 2; fi
 exit "$CODE"
 """
+FAKE_SLEEP = """#!/bin/bash
+exec /bin/sleep 0.2
+"""
 FAKE_SCONTROL = """#!/bin/bash
 if [[ $1 == requeue ]]; then echo "REQUEUE $2"; exit 1; fi
 echo node1
@@ -131,7 +134,7 @@ echo node1
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
 def test_a_job_goes_back_into_the_queue_when_it_was_stopped_and_only_then(tmp_path, case, status, requeued):
-    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL)):
+    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL), ("sleep", FAKE_SLEEP)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_SUBMIT_DIR": str(ROOT)}
