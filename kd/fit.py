@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -62,6 +63,9 @@ def fit(
         config.data.pad_crop,
         config.accumulate,
     )
+    # Accelerate's wrapper looks for packages at each step; only a scaler of gradients needs it.
+    updates = optimizer if accelerator.scaler is not None else optimizer.optimizer
+    set_seed = _seeder(device)
     per_epoch = batches.steps_per_epoch
     total = config.epochs * per_epoch if config.max_steps is None else min(config.epochs * per_epoch, config.max_steps)
     progress, best = _resume(distiller, optimizer, accelerator, run)
@@ -96,7 +100,7 @@ def fit(
             step = progress.step
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optimizer, step, total, per_epoch)
-            torch.manual_seed(keyed.key(config.seed, DROPOUT, step, accelerator.process_index) & (2**63 - 1))
+            set_seed(keyed.key(config.seed, DROPOUT, step, accelerator.process_index) & (2**63 - 1))
             for micro in reversed(range(batches.num_micro(step))):
                 batch, share = batches.read(step, device, micro)
                 # gradients are averaged over the processes once a step, with the last of its micro-batches
@@ -114,8 +118,8 @@ def fit(
                 meter.add(terms, len(batch.labels) if share else 0, step)
             if config.optimizer.clip_norm is not None:
                 accelerator.clip_grad_norm_(distiller.parameters(), config.optimizer.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            updates.step()
+            updates.zero_grad()
             progress.step = step + 1
             bar.update()
             epoch_ends = progress.step % per_epoch == 0 or progress.step == total
@@ -167,6 +171,24 @@ class Fitted:
         self, student: nn.Module, tracker: Tracker, progress: Progress, best: dict[str, Tensor], received: int
     ):
         self.student, self.tracker, self.progress, self.best, self.signal = student, tracker, progress, best, received
+
+
+def _seeder(device: torch.device) -> Callable[[int], None]:
+    """What `torch.manual_seed` does to the generators that a run on this device draws from.
+
+    `torch.manual_seed` itself formats the stack for every kind of device that is not there: milliseconds a step.
+    """
+    if device.type not in ("cpu", "cuda"):
+        return torch.manual_seed
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
+
+    def set_seed(seed: int) -> None:
+        for generator in generators:
+            generator.manual_seed(seed)
+
+    return set_seed
 
 
 def _resume(distiller, optimizer, accelerator, run: Run) -> tuple[Progress, dict[str, Tensor]]:

@@ -62,7 +62,7 @@ class Preprocess(nn.Module):
         if self.view.channels == 1 and images.shape[1] == 3:
             red, green, blue = images.split(1, dim=1)
             images = 0.299 * red + 0.587 * green + 0.114 * blue
-        return images * self.scale + self.shift  # a grey image broadcasts to three channels here
+        return torch.addcmul(self.shift, images, self.scale)  # a grey image broadcasts to three channels here
 
 
 def resize_shorter_side(images: Tensor, side: int) -> Tensor:
