@@ -1,6 +1,6 @@
-"""What the speed benchmarks share: measured children, pairs in alternation, and results as JSON with the hardware named.
+"""What the speed benchmarks share: measured children, and results as JSON with the hardware named.
 
-Every measured run is a process of its own, so that neither side finds the other's allocator settings, caches or threads.
+Every measured run is a process of its own, so that neither side finds the other's allocator settings or caches.
 """
 
 from __future__ import annotations

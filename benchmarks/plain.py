@@ -4,8 +4,8 @@
     python benchmarks/plain.py                                       # both jobs, full size
     python benchmarks/plain.py --jobs kd --kd_images 10000 --rounds 3
 
-The plain loop is a data set class with PIL transforms in a DataLoader with 2 workers, the teacher's forward pass at each
-step, fp32, `.item()` at each step. Its images are in memory, decoded. Jobs:
+The plain loop is a data set class with PIL transforms in a DataLoader with 2 workers, the teacher's forward pass at
+each step, fp32, `.item()` at each step. Its images are in memory, decoded. Jobs:
 
 head    a frozen ImageNet ResNet-18 gets a new head (recipes/stl10/teacher.yaml), 5 epochs
 kd      deep_nn teaches light_nn on CIFAR-10 with KL (recipes/cifar10/kd.yaml), 10 epochs; ours once with the teacher's
