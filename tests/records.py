@@ -1,4 +1,7 @@
-"""What each tracker has written, read back as {(step, name): value}, to be compared with metrics.jsonl."""
+"""What each tracker has written, read back as {(step, name): value}, to be compared with metrics.jsonl.
+
+A step's name may be there twice with one value, as the epoch is in an interval's row and in the epoch's, not with two.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def wandb_records(run: Path) -> list:
 
 
 def wandb_scalars(records: list) -> dict[tuple[int, str], float]:
-    """The history's numbers; a step that is there twice is an error."""
+    """The history's numbers."""
     found = {}
     for record in records:
         if record.WhichOneof("record_type") == "history":
@@ -57,24 +60,21 @@ def wandb_scalars(records: list) -> dict[tuple[int, str], float]:
             step = row.get("_step", record.history.step.num)
             for key, value in row.items():
                 if isinstance(value, int | float) and not key.startswith(NOT_OURS):
-                    assert (step, key) not in found
-                    found[step, key] = value
+                    assert found.setdefault((step, key), value) == value
     return found
 
 
 def tensorboard_scalars(folder: Path) -> dict[tuple[int, str], float]:
-    """The numbers of the event files of one folder."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-    from tensorboard.util.tensor_util import make_ndarray
+    """The numbers that TensorBoard shows of one folder's event files."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
+    record = EventAccumulator(str(folder), tensor_size_guidance={"scalars": 0}).Reload()
     found = {}
-    for file in sorted(folder.glob("events.out.*")):
-        for event in EventFileLoader(str(file)).Load():
-            for value in event.summary.value:
-                array = make_ndarray(value.tensor)
-                if array.shape == () and array.dtype.kind in "fi":
-                    assert (event.step, value.tag) not in found
-                    found[event.step, value.tag] = array.item()
+    for tag in record.Tags()["tensors"]:
+        for event in record.Tensors(tag):
+            if event.tensor_proto.double_val:
+                (value,) = event.tensor_proto.double_val
+                assert found.setdefault((event.step, tag), value) == value
     return found
 
 
@@ -85,5 +85,5 @@ def trackio_scalars(project: str) -> dict[tuple[int, str], float]:
         for step, metrics in database.execute("SELECT step, metrics FROM metrics ORDER BY id"):
             for key, value in json.loads(metrics).items():
                 if isinstance(value, int | float) and not key.startswith("summary/"):
-                    found[step, key] = value
+                    assert found.setdefault((step, key), value) == value
     return found

@@ -44,8 +44,7 @@ def choose_tracker(report_to: str) -> str:
 class Tracker:
     """Writes rows to metrics.jsonl and to the tracker chosen by `report_to`; only the main process writes.
 
-    A row that a killed run had written after its last checkpoint is cut from metrics.jsonl and written anew with the
-    same numbers, but is not sent to the tracker twice.
+    metrics.jsonl is the truth: after a restart the tracker is sent the rows that it lacks, and none twice.
 
     Args:
         objective: the loss in words.
@@ -54,20 +53,19 @@ class Tracker:
 
     def __init__(self, accelerator: Accelerator, run: Run, config, objective: str, keep_bytes: int):
         self._accelerator, self._file, self._run, self._step = accelerator, None, None, 0
-        self._sent = (0, 0)
         name = choose_tracker(config.report_to)
         if not run.is_main:
             return
-        path = run.folder / "metrics.jsonl"
-        if path.is_file() and path.stat().st_size > keep_bytes:
-            self._sent = max(_place(line) for line in path.read_bytes()[keep_bytes:].splitlines() or [b""])
-        self._file = path.open("ab")
+        self._file = (run.folder / "metrics.jsonl").open("a+b")
         self._file.truncate(min(keep_bytes, self._file.tell()))
-        self._file.seek(0, os.SEEK_END)
+        self._file.seek(0)
+        kept = [json.loads(line) for line in self._file]
         if name != "none":
             identity, resumed = _identity(run.folder / "tracker.json", name)
-            job = describe(run, config, objective, accelerator, identity, resumed)
+            job = describe(run, config, objective, accelerator, identity, kept if resumed else None)
             self._run = TRACKERS[name](accelerator, job)
+            for row in kept:
+                self._send(row)
 
     @property
     def wants_outcome(self) -> bool:
@@ -83,11 +81,14 @@ class Tracker:
         """Add a row; it must have `step`."""
         if self._file is None:
             return
-        line = (json.dumps(row) + "\n").encode()
-        self._file.write(line)
+        self._file.write((json.dumps(row) + "\n").encode())
         self._file.flush()
         self._step = row["step"]
-        if self._run is not None and _place(line) > self._sent:
+        if self._run is not None:
+            self._send(row)
+
+    def _send(self, row: dict) -> None:
+        if row["step"] > self._run.last_step:
             values = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
             self._accelerator.log(values, step=row["step"], log_kwargs=self._run.log_arguments)
             self._run.logged(values)
@@ -101,17 +102,7 @@ class Tracker:
         if self._run is not None:
             if summary is not None:
                 self._run.conclude(summary, outcome, self._step)
-            for tracker in self._accelerator.trackers:
-                tracker.finish()
-
-
-def _place(line: bytes) -> tuple[int, int]:
-    """Where a line of metrics.jsonl stands among the others: the step, then the interval's row before the epoch's."""
-    try:
-        row = json.loads(line)
-        return row["step"], 1 if "epoch/loss" in row else 0
-    except (ValueError, KeyError):  # cut off by a kill: nothing was sent
-        return 0, 0
+            self._run.finish(self._accelerator)
 
 
 def _identity(note: Path, name: str) -> tuple[str, bool]:

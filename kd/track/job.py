@@ -14,7 +14,8 @@ from kd.track.outcome import Outcome
 class Job:
     """A run in a tracker's terms.
 
-    identity: the tracker run's id, the same after a restart (`resumed`).
+    identity: the tracker run's id, the same after a restart.
+    kept: after a restart the rows of metrics.jsonl up to the checkpoint that the run goes on from; None at first.
     group: one experiment: its teacher, its student alone and its distilled ones.
     kind: `train` or `distill`.
     notes: the user's, else the objective in words.
@@ -23,7 +24,7 @@ class Job:
     """
 
     identity: str
-    resumed: bool
+    kept: list[dict] | None
     folder: Path
     project: str
     group: str
@@ -41,6 +42,7 @@ class TrackerRun:
 
     job: Job
     log_arguments: dict | None = None  # `log_kwargs` of `Accelerator.log`
+    last_step = 0  # the last step whose rows it has from before a restart
 
     def logged(self, values: dict) -> None:
         """Called after each row with its numbers."""
@@ -49,8 +51,13 @@ class TrackerRun:
         """Add the results at the last step, and with an outcome the pictures."""
         raise NotImplementedError
 
+    def finish(self, accelerator) -> None:
+        """Close it."""
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
-def describe(run: Run, config, objective: str, accelerator, identity: str, resumed: bool) -> Job:
+
+def describe(run: Run, config, objective: str, accelerator, identity: str, kept: list[dict] | None) -> Job:
     """Gather a job from a run, its config and this machine."""
     folder = run.folder.resolve()
     distils = hasattr(config, "teacher")
@@ -70,7 +77,7 @@ def describe(run: Run, config, objective: str, accelerator, identity: str, resum
     own = [Path(config.data.source).name, network.rpartition(".")[2], *(type(loss).__name__ for loss in config.losses)]
     return Job(
         identity=identity,
-        resumed=resumed,
+        kept=kept,
         folder=folder,
         project=config.project,
         group=config.group or folder.parent.name,

@@ -22,11 +22,18 @@ class TensorBoardRun(TrackerRun):
         from torch.utils.tensorboard import SummaryWriter
 
         self.job = job
-        accelerator.init_trackers("tensorboard", config=None if job.resumed else _flat(job.config))
+        first = dict.fromkeys(("step", *AXES), 0)
+        if job.kept is not None:  # a reader passes over what a killed run wrote from these on, after its checkpoint
+            self.last_step = job.kept[-1]["step"] if job.kept else 0
+            first = {axis: max((row[axis] for row in job.kept), default=0) + 1 for axis in first}
+            first["epoch"] = max((row["epoch"] for row in job.kept if "epoch/loss" in row), default=0) + 1
+        config = _flat(job.config) if job.kept is None else None
+        accelerator.init_trackers("tensorboard", config, {"tensorboard": {"purge_step": first["step"]}})
         self._writer = accelerator.get_tracker("tensorboard", unwrap=True)
         # TensorBoard draws over the step alone; what is measured once an epoch is also kept over the two other axes.
-        self._others = {axis: SummaryWriter(f"{self._writer.log_dir}/over_{axis}") for axis in AXES}
-        if not job.resumed:
+        folder = self._writer.log_dir
+        self._others = {axis: SummaryWriter(f"{folder}/over_{axis}", purge_step=first[axis]) for axis in AXES}
+        if job.kept is None:
             lines = [f"**{job.name}** ({job.kind}; {', '.join(job.tags)})", job.notes, job.config["objective"]]
             self._writer.add_text("run", "\n\n".join(dict.fromkeys(lines)), 0)
 
@@ -49,6 +56,10 @@ class TensorBoardRun(TrackerRun):
                 values = (row[name] for name in names)
                 table.append("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values) + " |")
             self._writer.add_text("test/hardest", "\n".join(table), step)
+
+    def finish(self, accelerator) -> None:
+        """Close all writers."""
+        super().finish(accelerator)
         for writer in self._others.values():
             writer.close()
 

@@ -32,6 +32,7 @@ class TrackioRun(TrackerRun):
         with contextlib.redirect_stdout(io.StringIO()):  # five lines on how to start its server
             accelerator.init_trackers(job.project, init_kwargs={"trackio": arguments})
         self._run = accelerator.get_tracker("trackio", unwrap=True)
+        self.last_step = self._run._next_step - 1  # there is no public name for it
         say(f"Trackio: shown by: trackio show --project {job.project}")
 
     def conclude(self, summary: dict, outcome: Outcome | None, step: int) -> None:
@@ -44,3 +45,10 @@ class TrackioRun(TrackerRun):
             rows = [[trackio.Image(v) if k == "image" else v for k, v in row.items()] for row in outcome.hardest]
             table = trackio.Table(columns=list(outcome.hardest[0]), data=rows)
             self._run.log({"test/hardest": table, "test/confusion": trackio.Image(outcome.confusion_picture())}, step)
+
+    def finish(self, accelerator) -> None:
+        """Close it, and forget it, or it would be closed once more at exit."""
+        import trackio
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            trackio.finish()

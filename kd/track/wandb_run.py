@@ -6,6 +6,7 @@ import logging
 import netrc
 import os
 import re
+import shutil
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -51,6 +52,8 @@ class WandbRun(TrackerRun):
         }
         mode = os.environ.get("WANDB_MODE", "online" if has_key() else "offline")
         for attempt in dict.fromkeys((mode, "offline")):
+            if attempt == "offline":
+                self._forget()
             try:
                 accelerator.init_trackers(job.project, init_kwargs={"wandb": {**arguments, "mode": attempt}})
                 break
@@ -59,6 +62,8 @@ class WandbRun(TrackerRun):
                     raise
                 say(f"W&B cannot be reached ({' '.join(str(error).split())[:100]}); this run is logged offline")
         self._run = accelerator.get_tracker("wandb", unwrap=True)
+        if attempt != "offline" and self._run.resumed:
+            self.last_step = self._run.step - 1
         # Curves of an epoch stand over the epoch; every row has all three axes, so any of them can be chosen instead.
         for axis in ("epoch", "images_seen"):
             self._run.define_metric(axis, hidden=True)
@@ -71,6 +76,15 @@ class WandbRun(TrackerRun):
             self._use(folder)
         if attempt == "offline":
             say(f"W&B: logged offline; send it later with: wandb sync {job.folder}/wandb/offline-run-*{job.identity}")
+
+    def _forget(self) -> None:
+        """Delete the offline records of earlier starts: the new one is sent all rows.
+
+        A killed client leaves a record that lacks its last rows, and several records of one run are easily sent so that
+        one replaces the other.
+        """
+        for record in self.job.folder.glob(f"wandb/offline-run-*-{self.job.identity}"):
+            shutil.rmtree(record)
 
     def _use(self, folder: Path) -> None:
         """Name a teacher's network as this run's input: the same files are the same artifact as its own run's output.
