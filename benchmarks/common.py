@@ -37,7 +37,7 @@ def about() -> dict:
     """The machine and the versions that the numbers belong to."""
     import torch
 
-    from kd.conclude import device_name, versions
+    from kd.machine import device_name, versions
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -26,9 +26,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 import comparison  # noqa: E402
 
 from kd import keyed  # noqa: E402
-from kd.conclude import device_name, versions  # noqa: E402
 from kd.distiller import Distiller  # noqa: E402
 from kd.losses import LOSSES  # noqa: E402
+from kd.machine import device_name, versions  # noqa: E402
 from kd.models import View, build_classifier  # noqa: E402
 from kd.models.reused_head import reuse_head  # noqa: E402
 from kd.outputs import Batch  # noqa: E402

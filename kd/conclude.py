@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import platform
 import signal
-import subprocess
-from importlib.metadata import version
-from pathlib import Path
 
-import accelerate
-import torch
-
-import kd
 from kd import cost, metrics
 from kd.data import Data
-from kd.errors import say
+from kd.errors import UserError, say
 from kd.fit import Fitted
+from kd.machine import device_name, git_commit, versions
 from kd.predict import predict
 from kd.runs import Run
+from kd.teachers import Teacher, load_teacher
+from kd.track import Outcome, hardest
 
 
 def conclude(fitted: Fitted, data: Data, config, accelerator, run: Run) -> int:
@@ -36,19 +31,20 @@ def conclude(fitted: Fitted, data: Data, config, accelerator, run: Run) -> int:
         say(f"stopped by {name} after step {progress.step}; the same command goes on from there")
         return 128 + fitted.signal
     last = {name: tensor.detach().clone() for name, tensor in student.network.state_dict().items()}
-    results = {}
+    results, logits_of = {}, {}
     for name, weights in (("best", fitted.best), ("last", last)):
         if not weights:
             continue
         student.network.load_state_dict(weights)
-        logits, labels = predict(student, data.test, config.data.batch_size, accelerator)
+        logits_of[name], labels = predict(student, data.test, config.data.batch_size, accelerator)
         results[name] = {
-            "test_accuracy": metrics.accuracy(logits, labels),
-            "test_nll": metrics.negative_log_likelihood(logits, labels),
+            "test_accuracy": metrics.accuracy(logits_of[name], labels),
+            "test_nll": metrics.negative_log_likelihood(logits_of[name], labels),
         }
         if data.val is not None:
-            logits, labels = predict(student, data.val, config.data.batch_size, accelerator)
-            results[name]["val_accuracy"] = metrics.accuracy(logits, labels)
+            results[name]["val_accuracy"] = metrics.accuracy(
+                *predict(student, data.val, config.data.batch_size, accelerator)
+            )
     if "best" in results:
         results["best"]["epoch"] = progress.best["epoch"]
     chosen = results[config.select]
@@ -77,34 +73,22 @@ def conclude(fitted: Fitted, data: Data, config, accelerator, run: Run) -> int:
         "git_commit": git_commit(),
     }
     run.finish(files, summary)
-    fitted.tracker.finish(summary)
+    shown = None
+    if fitted.tracker.wants_outcome:
+        teacher = _teacher(config, data, accelerator)
+        rows = hardest(data.test, logits_of[config.select], labels, data.classes, teacher, accelerator.device)
+        shown = Outcome(data.classes, logits_of[config.select], labels, rows)
+    fitted.tracker.finish(summary, shown)
     say(f"test accuracy {summary['test_accuracy']:.2f} %")
     return 0
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a result may depend on."""
-    return {
-        "kd": kd.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "accelerate": accelerate.__version__,
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """The hardware in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def git_commit() -> str | None:
-    """The commit these scripts are at, with `-dirty` if they were changed since; None outside git."""
-    here = Path(__file__).parent
+def _teacher(config, data: Data, accelerator) -> Teacher | None:
+    """The teacher once more, to ask it about a few images: in training it may have been a table."""
+    if not hasattr(config, "teacher"):
+        return None
     try:
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+        return load_teacher(config.teacher, data.classes, config.teacher_mean, accelerator.device)
+    except UserError as error:
+        say(f"the teacher is not shown beside the student: {error}")
         return None

@@ -14,6 +14,10 @@ FREE_FIELDS = (
     "overwrite",
     "report_to",
     "project",
+    "group",
+    "tags",
+    "notes",
+    "log_media",
     "checkpoint_every",
     "num_threads",
     "peer_timeout",
@@ -155,10 +159,18 @@ class TrainConfig:
     """the run folder"""
     select: Literal["last", "best"] = "last"
     """which weights become model.safetensors: the last epoch's, or the best on validation"""
-    report_to: Literal["auto", "wandb", "tensorboard", "none"] = "auto"
+    report_to: Literal["auto", "wandb", "tensorboard", "trackio", "none"] = "auto"
     """tracker; auto is wandb where a key is found or WANDB_MODE=offline is set, else none"""
     project: str = "kd"
     """the tracker's project"""
+    group: str | None = None
+    """the tracker's group: a teacher and its students; null for the name of the folder that output_dir is in"""
+    tags: list[str] = field(default_factory=list)
+    """the tracker's tags, besides data, network and losses"""
+    notes: str | None = None
+    """the tracker's notes; null for the objective in words"""
+    log_media: bool = True
+    """give the tracker, at the end, a confusion matrix, the hardest test images and, W&B, the network as an artifact"""
     accumulate: int = 1
     """micro-batches a step: each process's images of a step go through the networks in so many parts, to save memory;
     changes neither batch nor learning rate, but batch norm sees one part at a time"""

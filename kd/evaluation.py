@@ -14,11 +14,11 @@ from torch import Tensor
 
 from kd import cost, metrics
 from kd.compare import experiment
-from kd.conclude import device_name, versions
 from kd.config import DataConfig, EvaluateConfig
 from kd.data import CorruptedSplit, Data, Split, load_data
 from kd.data.corrupt import SEVERITIES, STRENGTHS
 from kd.errors import UserError
+from kd.machine import device_name, versions
 from kd.models import Classifier, load_classifier
 from kd.parse import read_yaml
 from kd.predict import predict, similarity

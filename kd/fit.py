@@ -18,7 +18,16 @@ from kd.distiller import Distiller
 from kd.errors import UserError, say
 from kd.meter import Meter, not_finite
 from kd.optim import learning_rate, make_optimizer
-from kd.parallel import StopSignal, all_finite, copy_whole, share_buffers, share_loss_buffers, share_out, whole
+from kd.parallel import (
+    StopSignal,
+    all_finite,
+    copy_whole,
+    gradient_norm,
+    share_buffers,
+    share_loss_buffers,
+    share_out,
+    whole,
+)
 from kd.precompute import TableTeacher
 from kd.predict import predict
 from kd.runs import Run
@@ -116,15 +125,18 @@ def fit(
                     # `share` weighs the mean over these images so that all together are the mean over the global batch
                     accelerator.backward(sum(terms.values()) * share)
                 meter.add(terms, len(batch.labels) if share else 0, step)
+            progress.step = step + 1
+            epoch_ends = progress.step % per_epoch == 0 or progress.step == total
+            logs = progress.step % config.log_every == 0 or epoch_ends
             if config.optimizer.clip_norm is not None:
-                accelerator.clip_grad_norm_(distiller.parameters(), config.optimizer.clip_norm)
+                norm = accelerator.clip_grad_norm_(distiller.parameters(), config.optimizer.clip_norm)
+            elif logs:
+                norm = gradient_norm(distiller, accelerator)
             updates.step()
             updates.zero_grad()
-            progress.step = step + 1
             bar.update()
-            epoch_ends = progress.step % per_epoch == 0 or progress.step == total
-            if progress.step % config.log_every == 0 or epoch_ends:
-                row = meter.flush(accelerator, config.optimizer.lr, saved_step)
+            if logs:
+                row = meter.flush(accelerator, config.optimizer.lr, saved_step, norm)
                 seen = progress.step * config.data.batch_size - (progress.step // per_epoch) * (
                     per_epoch * config.data.batch_size - len(data.train)
                 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
 from torch import Tensor
 
 from kd.errors import UserError
+from kd.machine import peak_memory_mb
+from kd.parallel import is_shared_out
 
 
 class Meter:
@@ -45,15 +48,21 @@ class Meter:
         interval = accelerator.reduce(self._sums.clone(), "sum").tolist()
         return {"interval": dict(zip((*self.names, "images"), interval, strict=True)), "epoch": self._epoch}
 
-    def flush(self, accelerator, lr: float, saved_step: int | None) -> dict[str, float]:
-        """The terms' means over the interval's images, over all processes; starts the next interval."""
+    def flush(self, accelerator, lr: float, saved_step: int | None, norm: Tensor) -> dict[str, float | None]:
+        """The terms' means over the interval's images, over all processes; starts the next interval.
+
+        With them the norm of the last step's gradient, None where fp16 has overflowed, and the memory held at most.
+        """
         self.check(accelerator, lr, saved_step)
         *sums, images = accelerator.reduce(self._sums.clone(), "sum").tolist()
         for name, value in zip((*self.names, "images"), (*sums, images), strict=True):
             self._epoch[name] = self._epoch.get(name, 0.0) + value
         now = time.perf_counter()
         row = {f"train/{name}": value / images for name, value in zip(self.names, sums, strict=True)}
+        norm = (norm.full_tensor() if is_shared_out(norm) else norm).item()
+        row["gradient_norm"] = norm if math.isfinite(norm) else None
         row["images_per_second"] = images / (now - self._interval_start)
+        row["peak_memory_mb"] = peak_memory_mb(self._sums.device)
         self._epoch_images += images
         self._interval_start = now
         self._sums.zero_()

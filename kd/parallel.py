@@ -184,6 +184,12 @@ def share_out(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
+def gradient_norm(module: nn.Module, accelerator) -> Tensor:
+    """2-norm of all gradients together, fp16's loss scale taken out: a scalar on the device, nothing waits for it."""
+    accelerator.unscale_gradients()
+    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+
+
 def is_shared_out(tensor: Tensor) -> bool:
     """Whether FSDP2 has left only a part of this tensor on this process."""
     return hasattr(tensor, "full_tensor")

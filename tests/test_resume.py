@@ -30,7 +30,7 @@ ARGUMENTS = (
     "--report_to",
     "none",
 )
-TIMES = ("images_per_second", "epoch/images_per_second")
+TIMES = ("images_per_second", "epoch/images_per_second", "peak_memory_mb")
 
 
 def slow(*values) -> list:
@@ -39,7 +39,7 @@ def slow(*values) -> list:
 
 
 def rows(folder: Path) -> list[dict]:
-    """metrics.jsonl without what was measured with a clock."""
+    """metrics.jsonl without what was measured of the machine."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
 

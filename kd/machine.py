@@ -1,0 +1,72 @@
+"""Where a run was made: hardware, versions of what a result may depend on, the state of the code."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import kd
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result may depend on."""
+    packages = ("torchvision", "accelerate")
+    named = {name: version(name) for name in packages}
+    return {"kd": kd.__version__, "python": platform.python_version(), "torch": torch.__version__, **named}
+
+
+def device_name(device: torch.device) -> str:
+    """The hardware in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def hardware(device: torch.device) -> dict[str, str | int]:
+    """The device, this machine's cores and its memory in GB, and that of the device where it has its own."""
+    found = {"device": device_name(device), "cpu_count": os.cpu_count() or 1, "host": platform.node()}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found["memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9)
+    if device.type == "cuda":
+        found |= {"gpu_count": torch.cuda.device_count(), "cuda": torch.version.cuda}
+        found["gpu_memory_gb"] = round(torch.cuda.get_device_properties(device).total_memory / 1e9)
+    return found
+
+
+def peak_memory_mb(device: torch.device) -> float | None:
+    """MB that this process has held at most, of GPU memory on a GPU, else of the machine's; waits for no device.
+
+    None on Windows, where the standard library does not know.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def git_commit() -> str | None:
+    """The commit these scripts are at, with `-dirty` if they were changed since; None outside git."""
+    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def git_branch() -> str | None:
+    """The branch these scripts are on; None outside git."""
+    return _git("rev-parse", "--abbrev-ref", "HEAD")
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

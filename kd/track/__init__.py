@@ -1,0 +1,125 @@
+"""The record of a run: metrics.jsonl always, and one tracker run through Accelerate that holds the same numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import secrets
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from kd.errors import UserError
+from kd.runs import Run, write_atomic
+from kd.track.job import Job, describe
+from kd.track.outcome import Outcome, hardest
+from kd.track.tensorboard_run import TensorBoardRun
+from kd.track.trackio_run import TrackioRun
+from kd.track.wandb_run import WandbRun, has_key
+
+__all__ = ["Job", "Outcome", "Tracker", "choose_tracker", "hardest", "tracker_arguments"]
+
+TRACKERS = {"wandb": WandbRun, "tensorboard": TensorBoardRun, "trackio": TrackioRun}
+
+
+def choose_tracker(report_to: str) -> str:
+    """One of TRACKERS or `none`; `auto` is wandb where a key is found, W&B is set offline or its agent asks, else none.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    if report_to == "auto":
+        mode = os.environ.get("WANDB_MODE", "")
+        disabled = mode == "disabled" or os.environ.get("WANDB_DISABLED", "") in ("true", "1")
+        asked = mode in ("offline", "dryrun") or "WANDB_SWEEP_ID" in os.environ or has_key()
+        report_to = "wandb" if asked and not disabled else "none"
+    if report_to != "none" and importlib.util.find_spec(report_to) is None:
+        raise UserError(
+            f"report_to {report_to} needs the package {report_to}; pip install {report_to}, or --report_to none"
+        )
+    return report_to
+
+
+class Tracker:
+    """Writes rows to metrics.jsonl and to the tracker chosen by `report_to`; only the main process writes.
+
+    metrics.jsonl is the truth: after a restart the tracker is sent the rows that it lacks, and none twice.
+
+    Args:
+        objective: the loss in words.
+        keep_bytes: length of metrics.jsonl at the checkpoint the run goes on from; what follows it is cut off.
+    """
+
+    def __init__(self, accelerator: Accelerator, run: Run, config, objective: str, keep_bytes: int):
+        self._accelerator, self._file, self._run, self._step = accelerator, None, None, 0
+        name = choose_tracker(config.report_to)
+        if not run.is_main:
+            return
+        self._file = (run.folder / "metrics.jsonl").open("a+b")
+        self._file.truncate(min(keep_bytes, self._file.tell()))
+        self._file.seek(0)
+        kept = [json.loads(line) for line in self._file]
+        if name != "none":
+            identity, resumed = _identity(run.folder / "tracker.json", name)
+            job = describe(run, config, objective, accelerator, identity, kept if resumed else None)
+            self._run = TRACKERS[name](accelerator, job)
+            for row in kept:
+                self._send(row)
+
+    @property
+    def wants_outcome(self) -> bool:
+        """Whether finish() does something with an `Outcome`: on the main process, where there is a tracker."""
+        return self._run is not None and self._run.job.log_media
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of metrics.jsonl."""
+        return self._file.tell() if self._file else 0
+
+    def log(self, row: dict) -> None:
+        """Add a row; it must have `step`."""
+        if self._file is None:
+            return
+        self._file.write((json.dumps(row) + "\n").encode())
+        self._file.flush()
+        self._step = row["step"]
+        if self._run is not None:
+            self._send(row)
+
+    def _send(self, row: dict) -> None:
+        if row["step"] > self._run.last_step:
+            values = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+            self._accelerator.log(values, step=row["step"], log_kwargs=self._run.log_arguments)
+            self._run.logged(values)
+
+    def finish(self, summary: dict | None = None, outcome: Outcome | None = None) -> None:
+        """Close the record; with a summary, its numbers become the tracker run's, and so does what `outcome` shows."""
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        if self._run is not None:
+            if summary is not None:
+                self._run.conclude(summary, outcome, self._step)
+            self._run.finish(self._accelerator)
+
+
+def _identity(note: Path, name: str) -> tuple[str, bool]:
+    """The tracker run's id, kept in the run folder, and whether it was there: a restart goes on in the same one.
+
+    An agent of W&B's sweeps gives the id of the run that it waits for.
+    """
+    known = json.loads(note.read_text()) if note.is_file() else {}
+    resumed = f"{name}_id" in known
+    if not resumed:
+        given = os.environ.get("WANDB_RUN_ID") if name == "wandb" and "WANDB_SWEEP_ID" in os.environ else None
+        known[f"{name}_id"] = given or secrets.token_hex(4)
+        write_atomic(note, json.dumps(known).encode())
+    return known[f"{name}_id"], resumed
+
+
+def tracker_arguments(config, folder: str) -> dict:
+    """Keyword arguments of `Accelerator` for the tracker that `config.report_to` chooses."""
+    name = choose_tracker(config.report_to)
+    return {"log_with": None if name == "none" else name, "project_dir": str(Path(folder))}
