@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     from kd.compare import compare, find_baseline
     from kd.evaluation import Evaluator
     from kd.report import write_report
-    from kd.runs import write_atomic
+    from kd.run_folder import write_atomic
     from kd.setup import keep_freed_memory, on_cpu, set_threads
     from kd.tables import all_notes, render, to_json
 

@@ -17,7 +17,7 @@ from kd.data import Data
 from kd.errors import say
 from kd.fit import Fitted
 from kd.predict import predict
-from kd.runs import Run
+from kd.run_folder import Run
 
 
 def conclude(fitted: Fitted, data: Data, config, accelerator, run: Run) -> int:

@@ -22,7 +22,8 @@ from kd.errors import UserError
 from kd.models import Classifier, load_classifier
 from kd.parse import read_yaml
 from kd.predict import predict, similarity
-from kd.runs import read_summary
+from kd.records import config_of
+from kd.run_folder import read_summary
 from kd.teachers import load_teacher
 
 BATCH_SIZES = (1, 8, 64)  # whose time is measured
@@ -97,7 +98,7 @@ class Evaluator:
             "device": device_name(self.accelerator.device),
             "versions": versions(),
             "config": resolved,
-            "experiment": experiment(resolved, _config_of),
+            "experiment": experiment(resolved, config_of),
         }
         row["images"] = _identity(row, data.classes, view)
         measured = Measured(run, row, logits, labels)
@@ -231,13 +232,6 @@ def _tap_pairs(losses: list[dict], more: list[str]) -> list[tuple[str, str]]:
         pairs += [(one, other)] if one and other else []
         pairs += zip(arguments.get("student_taps") or [], arguments.get("teacher_taps") or [], strict=False)
     return list(dict.fromkeys(pairs))
-
-
-def _config_of(run: str) -> dict | None:
-    try:
-        return read_yaml(Path(run) / "config.yaml")
-    except UserError:
-        return None
 
 
 _DATA_FIELDS = {f.name for f in dataclasses.fields(DataConfig)}

@@ -20,7 +20,7 @@ from kd.optim import learning_rate, make_optimizer
 from kd.parallel import StopSignal, all_finite, copy_whole, share_buffers, share_loss_buffers, share_out, whole
 from kd.precompute import TableTeacher
 from kd.predict import predict
-from kd.runs import Run
+from kd.run_folder import Run
 from kd.teachers import Teacher
 from kd.track import Tracker
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from kd.evaluation import Measured
-from kd.runs import write_atomic
+from kd.run_folder import write_atomic
 from kd.tables import against, all_notes, caption, class_table, comparison_table, shared_folder, table, to_json
 
 

@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 from accelerate import Accelerator
 
 from kd.errors import say
-from kd.runs import Run, write_atomic
+from kd.run_folder import Run, write_atomic
 
 
 def choose_tracker(report_to: str) -> str:
