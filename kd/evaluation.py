@@ -31,13 +31,16 @@ BATCH_SIZES = (1, 8, 64)  # whose time is measured
 
 @dataclass
 class Measured:
-    """A run's numbers, all plain JSON values in `row`, and what they were computed from: logits (N, K), labels (N,)."""
+    """A run's numbers, all plain JSON values in `row`, and what they were computed from: logits (N, K), labels (N,),
+    the images, and where the run has a teacher its logits (N, K) for the same images."""
 
     name: str
     row: dict
     logits: Tensor
     labels: Tensor
+    view: Split
     notes: list[str] = field(default_factory=list)
+    teacher_logits: Tensor | None = None
 
     @property
     def confusion(self) -> Tensor:
@@ -101,7 +104,7 @@ class Evaluator:
             "experiment": experiment(resolved, config_of),
         }
         row["images"] = _identity(row, data.classes, view)
-        measured = Measured(run, row, logits, labels)
+        measured = Measured(run, row, logits, labels, view)
         if data.val is not None and not self.config.source:
             _scale(measured, *self._ask(classifier, data, data.val))
         if self.config.latency and self.accelerator.is_main_process:
@@ -167,6 +170,7 @@ class Evaluator:
             return
         name = (str(Path(names[0]).resolve()), key) if len(names) == 1 else (f"{'+'.join(names)} {mean}", key)
         theirs, _ = self._predict(name, teacher, data, view)
+        measured.teacher_logits = theirs
         row["teacher_top1"] = metrics.accuracy(theirs, labels)
         row["agreement"] = metrics.agreement(logits, theirs)
         row["agreement_top5"] = metrics.agreement(logits, theirs, top=5)

@@ -24,19 +24,19 @@ h1, h2, h3 { break-after: avoid; line-height: 1.2; }
 :focus-visible { outline: 3px solid #c60; outline-offset: 2px; }
 .scroll { margin: .75rem 0; overflow-x: auto; }
 .scroll table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { font-weight: 600; padding-bottom: .25rem; text-align: left; }
+caption { font-weight: 600; max-width: calc(100vw - 2.5rem); padding-bottom: .25rem; text-align: left; }
 .scroll :is(td, th) { border-top: 1px solid #8886; padding: .25rem .6rem; text-align: right; }
 .scroll :is(th:first-child, td.text, th.text) { text-align: left; }
-.scroll th[scope=row] { background: Canvas; font-weight: inherit; left: 0; max-width: 11rem; min-width: 3rem;
-  overflow-wrap: anywhere; position: sticky; }
-td.text { min-width: 11rem; }
+.scroll :is(td:not(.text), th[scope=col]) { white-space: nowrap; }
+.scroll th[scope=row] { background: Canvas; font-weight: inherit; left: 0; max-width: 11rem; overflow-wrap: break-word;
+  position: sticky; }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr));
   padding: 0; }
 .cards > li { border: 1px solid #8888; border-radius: .5rem; break-inside: avoid; list-style: none; padding: .75rem; }
 .cards > li:target { outline: 3px solid; }
 img.small { image-rendering: pixelated; }
-figure { break-inside: avoid; margin: 1rem 0; }
-figure > svg { display: block; height: auto; max-width: 100%; }
+figure { margin: 1rem 0; }
+figure > svg { break-inside: avoid; display: block; height: auto; max-width: 100%; }
 .plots { display: grid; gap: 0 2rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); }
 .plots > * { min-width: 0; }
 summary { cursor: pointer; padding: .25rem 0; }
@@ -48,6 +48,7 @@ nav ul { columns: 15rem; padding-left: 1.2rem; }
   .scroll :is(td, th) { padding: .1rem .3rem; }
   .scroll th[scope=row] { position: static; }
   tr { break-inside: avoid; }
+  caption, thead { break-after: avoid; }
   details::details-content { content-visibility: visible; display: block; height: auto; }
 }
 """
