@@ -24,9 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     from kd.compare import compare, find_baseline
     from kd.evaluation import Evaluator
     from kd.report import write_report
-    from kd.runs import write_atomic
+    from kd.run_folder import write_atomic
     from kd.setup import keep_freed_memory, on_cpu, set_threads
-    from kd.tables import all_notes, render, to_json
+    from kd.tables import all_notes, content, render, to_json
 
     find_baseline(runs, config.baseline)
     set_threads()
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
                 say(f"note: {note}")
             if config.json:
                 Path(config.json).parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(Path(config.json), to_json(results, groups))
+                write_atomic(Path(config.json), to_json(content(results, groups)))
                 say(f"wrote {config.json}")
             if config.report:
                 files = write_report(Path(config.report), results, groups)

@@ -1,4 +1,8 @@
-"""Knowledge distillation for image classifiers: `kd.load("runs/x")` gives a trained network back."""
+"""Knowledge distillation for image classifiers: `kd.load("runs/x")` gives a trained network back.
+
+In a notebook, `kd.runs("runs/")` gives the runs below a folder, `kd.results("runs/x/report")` what was measured of
+them, and `kd.plots` draws both.
+"""
 
 __version__ = "0.1.0"
 
@@ -20,3 +24,37 @@ def load(run, device="cpu"):
     from kd.models import load_classifier  # torchvision is slow to import; `import kd` is not
 
     return load_classifier(run, device)
+
+
+def runs(folder):
+    """The runs in a folder and below it, finished or not.
+
+    Returns:
+        A list of `kd.records.Record`, which also has `frame()` and `curves()`, pandas DataFrames of one row a run and
+        of one row a logged number. `kd.plots` draws them.
+
+    Raises:
+        kd.errors.UserError: there is no such folder.
+    """
+    from kd.records import find_runs
+
+    return find_runs(folder)
+
+
+def results(path):
+    """What `evaluate.py` measured: `runs` and `groups`, from the folder of `--report` or the file of `--json`.
+
+    Raises:
+        kd.errors.UserError: it is not there, or holds something else.
+    """
+    from kd.records import read_results
+
+    return read_results(path)
+
+
+def __getattr__(name):
+    if name == "plots":  # matplotlib is slow to import; `import kd` is not
+        import importlib
+
+        return importlib.import_module("kd.plots")
+    raise AttributeError(f"module 'kd' has no attribute {name!r}")

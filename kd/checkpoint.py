@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kd.errors import say
 from kd.parallel import share_out
-from kd.runs import sync_folder
+from kd.run_folder import sync_folder
 
 KEEP = 2
 

@@ -150,7 +150,7 @@ def compare(rows: list[dict], baseline: str | None = None) -> list[dict]:
     found: dict[tuple, list[dict]] = {}
     for row in rows:
         found.setdefault((row["experiment"], row["images"]), []).append(row)
-    members = dict(zip(_names(list(found.values())), found.values(), strict=True))
+    members = dict(zip(group_names(list(found.values())), found.values(), strict=True))
     run = find_baseline([row["run"] for row in rows], baseline)
     chosen = next((name for name, group in members.items() if any(row["run"] == run for row in group)), None)
 
@@ -199,7 +199,7 @@ def _gain(group: dict, alone: dict | None, rows: list[dict]) -> dict:
     return {"gain": gain, "gap_closed": 100 * gain / lead if lead > 0 else None}
 
 
-def _names(groups: list[list[dict]]) -> list[str]:
+def group_names(groups: list[list[dict]]) -> list[str]:
     """A name for each group: its run's, or what its runs' names share, if that is its alone."""
     names = []
     for group in groups:

@@ -10,7 +10,7 @@ from kd.errors import UserError, say
 from kd.fit import Fitted
 from kd.machine import device_name, git_commit, versions
 from kd.predict import predict
-from kd.runs import Run
+from kd.run_folder import Run
 from kd.teachers import Teacher, load_teacher
 from kd.track import Outcome, hardest
 

@@ -22,7 +22,8 @@ from kd.machine import device_name, versions
 from kd.models import Classifier, load_classifier
 from kd.parse import read_yaml
 from kd.predict import predict, similarity
-from kd.runs import read_summary
+from kd.records import config_of
+from kd.run_folder import read_summary
 from kd.teachers import load_teacher
 
 BATCH_SIZES = (1, 8, 64)  # whose time is measured
@@ -30,13 +31,16 @@ BATCH_SIZES = (1, 8, 64)  # whose time is measured
 
 @dataclass
 class Measured:
-    """A run's numbers, all plain JSON values in `row`, and what they were computed from: logits (N, K), labels (N,)."""
+    """A run's numbers, all plain JSON values in `row`, and what they were computed from: logits (N, K), labels (N,),
+    the images, and where the run has a teacher its logits (N, K) for the same images."""
 
     name: str
     row: dict
     logits: Tensor
     labels: Tensor
+    view: Split
     notes: list[str] = field(default_factory=list)
+    teacher_logits: Tensor | None = None
 
     @property
     def confusion(self) -> Tensor:
@@ -97,10 +101,10 @@ class Evaluator:
             "device": device_name(self.accelerator.device),
             "versions": versions(),
             "config": resolved,
-            "experiment": experiment(resolved, _config_of),
+            "experiment": experiment(resolved, config_of),
         }
         row["images"] = _identity(row, data.classes, view)
-        measured = Measured(run, row, logits, labels)
+        measured = Measured(run, row, logits, labels, view)
         if data.val is not None and not self.config.source:
             _scale(measured, *self._ask(classifier, data, data.val))
         if self.config.latency and self.accelerator.is_main_process:
@@ -166,6 +170,7 @@ class Evaluator:
             return
         name = (str(Path(names[0]).resolve()), key) if len(names) == 1 else (f"{'+'.join(names)} {mean}", key)
         theirs, _ = self._predict(name, teacher, data, view)
+        measured.teacher_logits = theirs
         row["teacher_top1"] = metrics.accuracy(theirs, labels)
         row["agreement"] = metrics.agreement(logits, theirs)
         row["agreement_top5"] = metrics.agreement(logits, theirs, top=5)
@@ -231,13 +236,6 @@ def _tap_pairs(losses: list[dict], more: list[str]) -> list[tuple[str, str]]:
         pairs += [(one, other)] if one and other else []
         pairs += zip(arguments.get("student_taps") or [], arguments.get("teacher_taps") or [], strict=False)
     return list(dict.fromkeys(pairs))
-
-
-def _config_of(run: str) -> dict | None:
-    try:
-        return read_yaml(Path(run) / "config.yaml")
-    except UserError:
-        return None
 
 
 _DATA_FIELDS = {f.name for f in dataclasses.fields(DataConfig)}

@@ -30,7 +30,7 @@ from kd.parallel import (
 )
 from kd.precompute import TableTeacher
 from kd.predict import predict
-from kd.runs import Run
+from kd.run_folder import Run
 from kd.teachers import Teacher
 from kd.track import Tracker
 

@@ -20,7 +20,7 @@ from kd.data import Data
 from kd.distiller import Distiller
 from kd.errors import UserError, say
 from kd.models import Classifier, View, build_classifier, load_classifier, reuse_head
-from kd.runs import Run
+from kd.run_folder import Run
 from kd.teachers import Teacher
 from kd.track import tracker_arguments
 

@@ -7,62 +7,76 @@ import io
 import json
 import math
 import os
+from typing import TYPE_CHECKING
 
+from kd.compare import spread
 from kd.data.corrupt import SEVERITIES
-from kd.evaluation import Measured
 
+if TYPE_CHECKING:  # what measures is slow to import and not needed to show saved numbers
+    from kd.evaluation import Measured
+
+Table = tuple[list[str], list[list[str]]]  # the head and the lines, all text
 WIDTH = 120  # columns that a printed table may have
 
+MOST_DENSE = 100  # classes of a confusion matrix that is kept whole
+MOST_PAIRS = 100  # of the most frequent mistakes
+
+# Title, key in a row, format, and unit.
 COLUMNS = (
-    ("top-1 %", lambda row: f"{row['top1']:.2f}"),
-    ("top-5 %", lambda row: f"{row['top5']:.2f}"),
-    ("NLL", lambda row: f"{row['nll']:.4f}"),
-    ("ECE %", lambda row: f"{row['calibration_error']:.2f}"),
-    ("agrees %", lambda row: "-" if row["agreement"] is None else f"{row['agreement']:.2f}"),
-    ("parameters", lambda row: f"{row['num_params']:,}"),
-    ("multiply-adds", lambda row: f"{row['multiply_adds']:,}"),
-    ("MB", lambda row: f"{row['bytes'] / 1e6:.2f}"),
-    ("ms/image", lambda row: "-" if row["latency_ms"] is None else f"{row['latency_ms']:.2f}"),
+    ("top-1 %", "top1", ".2f", 1),
+    ("top-5 %", "top5", ".2f", 1),
+    ("NLL", "nll", ".4f", 1),
+    ("ECE %", "calibration_error", ".2f", 1),
+    ("agrees %", "agreement", ".2f", 1),
+    ("parameters", "num_params", ",", 1),
+    ("multiply-adds", "multiply_adds", ",", 1),
+    ("MB", "bytes", ".2f", 1e6),
+    ("ms/image", "latency_ms", ".2f", 1),
 )
 
 
 def render(results: list[Measured], groups: list[dict], form: str) -> str:
     """All that is printed: `json` and `csv` hold the numbers of all runs, `table` and `markdown` what fits the eye."""
     if form == "json":
-        return to_json(results, groups).decode().rstrip()
+        return to_json(content(results, groups)).decode().rstrip()
     if form == "csv":
         return to_csv(results, groups).rstrip()
-    markdown = form == "markdown"
-    parts = [caption(results), table(results, markdown)]
+    markdown, rows = form == "markdown", [result.row for result in results]
+    parts = [caption(rows), aligned(runs_table(rows), markdown)]
     if len(groups) > 1 or groups[0]["n"] > 1:
-        parts += [comparison_table(groups, markdown), *against(groups)]
-    if "corruptions" in results[0].row:
-        parts.append(corruption_table(results, groups, markdown))
-    if any(result.row["cka"] for result in results):
-        parts.append(cka_table(results, markdown))
-    classes = class_table(results, markdown)
-    if len(results[0].row["per_class"]) <= 20 and (markdown or _width(classes) <= WIDTH):
+        parts += [aligned(comparison_table(groups), markdown), *against(groups)]
+    if "corruptions" in rows[0]:
+        parts.append(aligned(corruption_table(rows, groups), markdown))
+    if any(row["cka"] for row in rows):
+        parts.append(aligned(cka_table(rows), markdown))
+    classes = aligned(class_table(rows), markdown)
+    if len(rows[0]["per_class"]) <= 20 and (markdown or _width(classes) <= WIDTH):
         parts.append(classes)
     return "\n\n".join(parts)
 
 
-def caption(results: list[Measured]) -> str:
+def caption(rows: list[dict]) -> str:
     """Which images these are."""
     seen = [
         f"{row['split']} of {row['source']}, {row['num_images']:,} images"
         + (f", {row['corruption']} of severity {row['severity']}" if row["corruption"] else "")
-        for row in (result.row for result in results)
+        for row in rows
     ]
     return "; ".join(dict.fromkeys(seen))
 
 
-def table(results: list[Measured], markdown: bool = False) -> str:
+def shown(value: float | None, form: str, unit: float = 1) -> str:
+    """A number in a unit as text; a dash where there is none."""
+    return "-" if value is None else format(value if unit == 1 else value / unit, form)
+
+
+def runs_table(rows: list[dict]) -> Table:
     """One line a run: accuracy, calibration, agreement with its teacher, cost."""
-    head = ["run", *(title for title, _ in COLUMNS)]
-    return _align_names(head, [[r.name, *(show(r.row) for _, show in COLUMNS)] for r in results], markdown)
+    body = [[row["run"], *(shown(row[key], form, unit) for _, key, form, unit in COLUMNS)] for row in rows]
+    return ["run", *(title for title, *_ in COLUMNS)], body
 
 
-def comparison_table(groups: list[dict], markdown: bool = False) -> str:
+def comparison_table(groups: list[dict]) -> Table:
     """One line a group of seeds: accuracy, and what it gains over its baseline."""
     head = ["runs", "n", "top-1 %", "gain", "95 % interval", "McNemar p", "gap closed %", "Pareto front by"]
     body = []
@@ -74,14 +88,14 @@ def comparison_table(groups: list[dict], markdown: bool = False) -> str:
                 group["name"],
                 str(group["n"]),
                 f"{top1['mean']:.2f}" + ("" if top1["std"] is None else f" ± {top1['std']:.2f}"),
-                "-" if group["difference"] is None else f"{group['difference']:+.2f}",
+                shown(group["difference"], "+.2f"),
                 "-" if group["interval"] is None else "{:+.2f} to {:+.2f}".format(*group["interval"]),
                 " to ".join(dict.fromkeys(f"{p:.2g}" for p in (tests[0], tests[-1]))) if tests else "-",
-                "-" if group["gap_closed"] is None else f"{group['gap_closed']:.0f}",
+                shown(group["gap_closed"], ".0f"),
                 ", ".join(front) or "-",
             ]
         )
-    return _align_names(head, body, markdown)
+    return head, body
 
 
 def against(groups: list[dict]) -> list[str]:
@@ -94,43 +108,68 @@ def against(groups: list[dict]) -> list[str]:
     return [f"Gain {'; '.join(parts)}."] if parts else []
 
 
-def corruption_table(results: list[Measured], groups: list[dict], markdown: bool = False) -> str:
+def corruption_table(rows: list[dict], groups: list[dict]) -> Table:
     """Accuracy in percent of each group, the mean of its runs, for each corruption and severity, and the means."""
     body = []
     for group in groups:
-        rows = [result.row for result in results if result.name in group["runs"]]
+        mine = members(rows, group)
         lines = {
-            name: [_mean(values) for values in zip(*(row["corruptions"][name] for row in rows), strict=True)]
-            for name in rows[0]["corruptions"]
+            name: [_mean(values) for values in zip(*(row["corruptions"][name] for row in mine), strict=True)]
+            for name in mine[0]["corruptions"]
         }
         lines["all"] = [_mean(values) for values in zip(*lines.values(), strict=True)]
         body.append([group["name"], "none", *("-" for _ in SEVERITIES), f"{group['spread']['top1']['mean']:.2f}"])
         for name, values in lines.items():
             body.append([group["name"], name, *(f"{value:.2f}" for value in (*values, _mean(values)))])
-    return _align_names(["runs", "corruption", *(f"severity {n}" for n in SEVERITIES), "mean"], body, markdown)
+    return ["runs", "corruption", *(f"severity {n}" for n in SEVERITIES), "mean"], body
 
 
 def _mean(values) -> float:
     return sum(values) / len(values)
 
 
-def cka_table(results: list[Measured], markdown: bool = False) -> str:
+def members(rows: list[dict], group: dict) -> list[dict]:
+    """The rows of a group's runs."""
+    return [row for row in rows if row["run"] in group["runs"]]
+
+
+def cka_table(rows: list[dict]) -> Table:
     """One line a pair of modules: how alike the student's and the teacher's are."""
-    body = []
-    for result in results:
-        for part in result.row["cka"] or []:
-            value = "-" if part["cka"] is None else f"{part['cka']:.4f}"
-            body.append([result.name, part["student"], part["teacher"], value])
-    return _align_names(["run", "student's module", "teacher's module", "CKA"], body, markdown)
+    body = [
+        [row["run"], part["student"], part["teacher"], shown(part["cka"], ".4f")]
+        for row in rows
+        for part in row["cka"] or []
+    ]
+    return ["run", "student's module", "teacher's module", "CKA"], body
 
 
-def class_table(results: list[Measured], markdown: bool = False) -> str:
+def class_table(rows: list[dict]) -> Table:
     """One line a class: each run's accuracy on it in percent."""
-    body = []
-    for name in results[0].row["per_class"]:
-        values = [result.row["per_class"].get(name) for result in results]
-        body.append([name, *("-" if value is None else f"{value:.1f}" for value in values)])
-    return _align(["class", *(result.name for result in results)], body, markdown)
+    body = [[name, *(shown(row["per_class"].get(name), ".1f") for row in rows)] for name in rows[0]["per_class"]]
+    return ["class", *(row["run"] for row in rows)], body
+
+
+def class_accuracy(rows: list[dict], groups: list[dict]) -> dict[str, dict[str, float | None]]:
+    """For each group by name: its accuracy in percent on each class, the mean of its runs."""
+    means = {}
+    for group in groups:
+        mine = members(rows, group)
+        found = {name: spread(row["per_class"][name] for row in mine) for name in mine[0]["per_class"]}
+        means[group["name"]] = {name: over and over["mean"] for name, over in found.items()}
+    return means
+
+
+def class_gains(rows: list[dict], groups: list[dict]) -> dict[str, dict[str, float | None]]:
+    """For each group that has a student alone, by name: what it gains over that on each class, in points."""
+    means = class_accuracy(rows, groups)
+    return {
+        group["name"]: {
+            name: None if None in (value, means[group["alone"]][name]) else value - means[group["alone"]][name]
+            for name, value in means[group["name"]].items()
+        }
+        for group in groups
+        if group["alone"]
+    }
 
 
 def _width(text: str) -> int:
@@ -143,8 +182,9 @@ def shared_folder(names: list[str]) -> str:
     return "" if several else os.path.commonpath([os.path.dirname(name) for name in names])
 
 
-def _align_names(head: list[str], body: list[list[str]], markdown: bool) -> str:
-    """A table whose first column are paths: where it is too wide, the folder that they share goes above it."""
+def aligned(table: Table, markdown: bool = False) -> str:
+    """A table as text. Where it is too wide and its first column are paths, the folder they share goes above it."""
+    head, body = table
     text, folder = _align(head, body, markdown), shared_folder([row[0] for row in body])
     if markdown or not folder or _width(text) <= WIDTH:
         return text
@@ -167,18 +207,38 @@ def _align(head: list[str], body: list[list[str]], markdown: bool) -> str:
     return "\n".join(lines)
 
 
-def to_json(results: list[Measured], groups: list[dict]) -> bytes:
-    """`runs`: all numbers of all runs, confusion matrices (row: label, column: prediction), notes; `groups`: as
-    `kd.compare.compare` gives them. A number that is not finite becomes null."""
-    runs = [{**r.row, "confusion": r.confusion.tolist(), "notes": r.notes} for r in results]
-    return (json.dumps(_finite({"runs": runs, "groups": groups}), indent=2, allow_nan=False) + "\n").encode()
+def content(results: list[Measured], groups: list[dict]) -> dict:
+    """`runs`: all numbers of all runs, and notes; `groups`: as `kd.compare.compare` gives them.
+
+    `confusion` (row: label, column: prediction) is None of more than 100 classes; `confused` are the 100 most frequent
+    mistakes. A number that is not finite becomes None.
+    """
+    runs = []
+    for result in results:
+        counts, names = result.confusion, list(result.row["per_class"])
+        wrong = counts.clone().fill_diagonal_(0)
+        most, where = wrong.flatten().sort(descending=True, stable=True)
+        pairs = zip(most[:MOST_PAIRS].tolist(), where[:MOST_PAIRS].tolist(), strict=True)
+        pairs = [(count, *divmod(place, len(names))) for count, place in pairs if count]
+        confused = [{"label": names[i], "predicted": names[j], "count": count} for count, i, j in pairs]
+        confusion = counts.tolist() if len(names) <= MOST_DENSE else None
+        runs.append({**result.row, "confusion": confusion, "confused": confused, "notes": result.notes})
+    return _plain({"runs": runs, "groups": groups})
 
 
-def _finite(value):
+def to_json(content: dict) -> bytes:
+    """The content as JSON."""
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _plain(value):
+    """The value without numbers that are not finite and letters that no file can hold."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {_plain(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [_plain(inner) for inner in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -74,7 +74,7 @@ def uninterrupted(tmp_path_factory) -> Path:
             [("kd.checkpoint._write", 2), ("kd.checkpoint._write", 5)],
             [("kd.checkpoint.os.rename", 3)],
             [("kd.checkpoint.shutil.rmtree", 4)],
-            [("kd.runs.write_atomic", 3), ("kd.runs.write_atomic", 2)],
+            [("kd.run_folder.write_atomic", 3), ("kd.run_folder.write_atomic", 2)],
         ),
     ],
     ids=lambda moments: "+".join(f"{name.rpartition('.')[2]}{n}" for name, n in moments),
@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, call, dama
 @pytest.mark.slow
 def test_killed_at_random_moments(uninterrupted, tmp_path):
     draw = random.Random(0)
-    places = ["kd.meter.Meter.add", "kd.checkpoint._write", "kd.checkpoint.sync_folder", "kd.runs.os.replace"]
+    places = ["kd.meter.Meter.add", "kd.checkpoint._write", "kd.checkpoint.sync_folder", "kd.run_folder.os.replace"]
     for attempt in range(10):
         command = (*ARGUMENTS, "--output_dir", tmp_path / str(attempt))
         for _ in range(30):

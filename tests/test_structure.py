@@ -16,18 +16,19 @@ SCRIPTS = ("train_teacher.py", "distill.py", "evaluate.py")
 
 # From low to high; a module imports only from rooms before its own, or from its own.
 ROOMS = (
-    ("errors", "keyed", "outputs", "metrics", "cost", "parallel", "machine"),
+    ("errors", "keyed", "outputs", "metrics", "cost", "parallel", "machine", "page"),
     ("models", "data", "losses"),
     ("config",),
     ("parse",),
     ("optim", "predict", "meter"),
-    ("runs", "checkpoint", "distiller", "teachers"),
+    ("run_folder", "checkpoint", "distiller", "teachers"),
     ("precompute",),
     ("track",),
     ("fit",),
     ("setup", "conclude", "compare"),
+    ("records",),
     ("evaluation",),
-    ("tables",),
+    ("tables", "plots"),
     ("report", "export"),
 )
 KNOWS_PROCESSES = {"fit", "track", "setup", "conclude", "parallel"}

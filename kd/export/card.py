@@ -14,7 +14,8 @@ import yaml
 from kd.errors import UserError
 from kd.losses import LOSSES
 from kd.parse import differing_fields, read_yaml
-from kd.runs import read_summary
+from kd.records import objective
+from kd.run_folder import read_summary
 
 _SEEDED = ("seed", "teacher", "init_from")  # what may differ between runs whose spread is told
 
@@ -167,7 +168,7 @@ class _Card:
             lines.append(
                 f"- first weights: {_public(first)}{'; only the head was trained' * config['freeze_backbone']}"
             )
-        lines.append(f"- objective: {' + '.join(_term(loss) for loss in config['losses'])}")
+        lines.append(f"- objective: {objective(config['losses'])}")
         lines += [f"  - {words}" for words in dict.fromkeys(map(_in_words, config["losses"])) if words]
         precision = self.summary["mixed_precision"]
         return [
@@ -216,12 +217,6 @@ def _teacher(name: str) -> dict:
     except (UserError, OSError, KeyError, ValueError):
         known = {}
     return {"name": _public(name), **known}
-
-
-def _term(loss: dict) -> str:
-    arguments = dict(loss.get("init_args") or {})
-    weight = arguments.pop("weight", 1)
-    return f"{weight:g} * {_name(loss)}({', '.join(f'{key}={value}' for key, value in arguments.items())})"
 
 
 def _name(loss: dict) -> str:

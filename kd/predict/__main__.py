@@ -22,7 +22,8 @@ from kd.data.decode import UnreadableImage, open_image
 from kd.data.sources import IMAGE_SUFFIXES
 from kd.errors import CommandParser, UserError, run_script
 from kd.models import Classifier, load_classifier
-from kd.predict.page import Prediction, page, thumbnail
+from kd.page import thumbnail
+from kd.predict.page import Prediction, page
 
 
 def main(argv: list[str] | None = None) -> int:

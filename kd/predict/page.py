@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
 from html import escape
 
-from PIL import Image
+from kd.page import document, image
 
 
 @dataclass
@@ -25,30 +23,11 @@ class Prediction:
         return len({pairs[0][0] for pairs in self.best.values()}) == 1
 
 
-def thumbnail(picture: Image.Image, side: int = 240) -> str:
-    """A picture of at most `side` pixels as a data URI: small ones without loss, others as JPEG."""
-    exact = max(picture.size) <= 64
-    if picture.mode.startswith("I"):  # 16 bits, see `read_image`
-        picture = picture.point(lambda value: value / 256).convert("L")
-    small = picture.convert("RGB")
-    small.thumbnail((side, side))
-    content = io.BytesIO()
-    small.save(content, "PNG" if exact else "JPEG", quality=80)
-    kind = "png" if exact else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
 _STYLE = """
-:root { color-scheme: light dark; }
-body { font: 1rem/1.4 system-ui, sans-serif; margin: 0 auto; max-width: 75rem; padding: 1rem; }
-ol { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); padding: 0; }
-li { border: 1px solid #8888; border-radius: .5rem; break-inside: avoid; list-style: none; padding: .75rem; }
-li:target { outline: 3px solid; }
 img { display: block; height: 10rem; margin: auto; max-width: 100%; object-fit: contain; }
-img.small { image-rendering: pixelated; }
-h2 { font-size: 1rem; margin: .5rem 0; overflow-wrap: anywhere; }
+.cards h2 { font-size: 1rem; margin: .5rem 0; }
 table { border-collapse: collapse; width: 100%; }
-caption { overflow-wrap: anywhere; padding-top: .5rem; text-align: left; }
+caption { font-weight: inherit; padding: .5rem 0 0; }
 td:last-child { text-align: right; white-space: nowrap; }
 td { overflow-wrap: anywhere; padding: 0; }
 """
@@ -65,9 +44,6 @@ def page(runs: list[str], predictions: list[Prediction], left_out: list[tuple[st
     differing = [i for i, said in enumerate(predictions, 1) if not said.agreed]
     number = f"{len(predictions):,} image{'' if len(predictions) == 1 else 's'}"
     parts = [
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Predictions for {number}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f"<h1>Predictions</h1>\n<p>{number}, by {escape(', '.join(runs))}. Percentages are "
         "the networks' probabilities; times are for one image from its pixels on.</p>"
     ]
@@ -77,13 +53,10 @@ def page(runs: list[str], predictions: list[Prediction], left_out: list[tuple[st
     if left_out:
         rows = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in left_out)
         parts.append(f"<h2>Left out</h2>\n<ul>{rows}</ul>")
-    parts.append("<ol>")
+    parts.append('<ol class="cards">')
     for i, said in enumerate(predictions, 1):
-        small = ' class="small"' if said.thumbnail.startswith("data:image/png") else ""
-        parts.append(
-            f'<li id="image-{i}">\n<img{small} src="{said.thumbnail}" alt="{escape(_in_words(said, runs))}">\n'
-            f"<h2>{escape(said.image)}</h2>"
-        )
+        picture = image(said.thumbnail, _in_words(said, runs))
+        parts.append(f'<li id="image-{i}">\n{picture}\n<h2>{escape(said.image)}</h2>')
         if not said.agreed:
             parts.append("<p><strong>The runs differ.</strong></p>")
         for run in runs:
@@ -92,8 +65,8 @@ def page(runs: list[str], predictions: list[Prediction], left_out: list[tuple[st
             )  # fmt: skip
             parts.append(f"<table><caption>{escape(run)}, {said.milliseconds[run]:.1f} ms</caption>{rows}</table>")
         parts.append("</li>")
-    parts.append("</ol>\n</body>\n</html>\n")
-    return "\n".join(parts)
+    parts.append("</ol>")
+    return document(f"Predictions for {number}", parts, _STYLE)
 
 
 def _in_words(said: Prediction, runs: list[str]) -> str:

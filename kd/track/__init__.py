@@ -11,7 +11,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from kd.errors import UserError
-from kd.runs import Run, write_atomic
+from kd.run_folder import Run, write_atomic
 from kd.track.job import Job, describe
 from kd.track.outcome import Outcome, hardest
 from kd.track.tensorboard_run import TensorBoardRun

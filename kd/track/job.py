@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd.machine import git_branch, git_commit, hardware, versions
-from kd.runs import Run
+from kd.run_folder import Run
 from kd.track.outcome import Outcome
 
 

@@ -1,0 +1,149 @@
+"""The report of measured runs: one page with tables, plots and images, and its numbers as JSON and Markdown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kd import metrics
+from kd.evaluation import Measured
+from kd.page import thumbnail
+from kd.records import Record
+from kd.report.sections import report_page
+from kd.run_folder import write_atomic
+from kd.tables import against, aligned, all_notes, caption, class_table, comparison_table, content, runs_table, to_json
+
+TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
+MOST_TEMPERATURES = 5
+MOST_IMAGES = 24  # where student and teacher differ, of all runs together
+MOST_STUDENTS, MOST_TEACHERS = 6, 3
+SOFT_IMAGES, SOFT_CLASSES = 4, 4
+SURE = 0.8  # how sure a teacher is of the images whose soft targets are shown, as nearly as there are any
+
+
+def write_report(folder: Path, results: list[Measured], groups: list[dict]) -> list[Path]:
+    """Write index.html, results.json, report.md and accuracy_vs_cost.png; returns the files."""
+    from kd import plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    records = [Record(result.name) for result in results]
+    students = [result for result in results if result.teacher_logits is not None]
+    first = [next((s for s in students if s.name == group["runs"][0]), None) for group in groups]
+    first = [student for student in first if student is not None][:MOST_STUDENTS]
+    said = content(results, groups)
+    said["differences"] = [differences(student, MOST_IMAGES // len(first)) for student in first]
+    said["soft_targets"] = soft_targets(students)
+    pictures: dict[tuple[str, int], str] = {}
+    views = {student.name: student.view for student in students}
+    for part in (*said["differences"], *said["soft_targets"]):
+        for image in part["images"]:
+            pictures[part["run"], image["image"]] = _picture(views[part["run"]], image["image"])
+    rows = [result.row for result in results]
+    text = [
+        f"# {caption(rows)}",
+        aligned(runs_table(rows), True),
+        aligned(comparison_table(groups), True),
+        *against(groups),
+        *(f"- {note}" for note in all_notes(results, groups)),
+        aligned(class_table(rows), True),
+        "![accuracy against cost](accuracy_vs_cost.png)",
+        f"Latency on {rows[0]['device']}, one image, preprocessing included.",
+    ]
+    files = {
+        "index.html": report_page(said, records, pictures).encode("utf-8", "replace"),
+        "results.json": to_json(said),
+        "report.md": ("\n\n".join(text) + "\n").encode("utf-8", "replace"),
+        "accuracy_vs_cost.png": plots.png(plots.accuracy_against_cost(rows)),
+    }
+    for name, file in files.items():
+        write_atomic(folder / name, file)
+    return [folder / name for name in files]
+
+
+def differences(student: Measured, most: int) -> dict:
+    """On which images a run and its teacher name different classes.
+
+    Returns:
+        `run`; `counts` of the images by kind: `only_teacher_right`, `only_student_right`, `both_wrong`; and at most
+        `most` of the `images`, of each kind those that both networks are surest of: each one's position in the split,
+        `kind`, `label`, and for `student` and `teacher` the class and its probability.
+    """
+    logits, theirs, labels = student.logits, student.teacher_logits, student.labels
+    mine, other = logits.argmax(1), theirs.argmax(1)
+    only_mine, only_theirs = metrics.only_one_right(logits, theirs, labels)
+    wrong = (mine != labels) & (other != labels) & (mine != other)
+    kinds = {"only_teacher_right": only_theirs, "only_student_right": only_mine}
+    kinds["both_wrong"] = wrong.nonzero()[:, 0].tolist()
+    names, images = list(student.row["per_class"]), []
+    used = [kind for kind, places in kinds.items() if places]
+    for kind in used:
+        places = torch.tensor(kinds[kind])
+        sure = [part[places].double().softmax(1).nan_to_num().amax(1) for part in (logits, theirs)]
+        order = (sure[0] + sure[1]).argsort(descending=True, stable=True)[: max(1, most // len(used))].tolist()
+        for i in order:
+            place = places[i].item()
+            images.append(
+                {
+                    "image": place,
+                    "kind": kind,
+                    "label": names[labels[place]],
+                    "student": {"class": names[mine[place]], "probability": sure[0][i].item()},
+                    "teacher": {"class": names[other[place]], "probability": sure[1][i].item()},
+                }
+            )
+    return {"run": student.name, "counts": {kind: len(places) for kind, places in kinds.items()}, "images": images}
+
+
+def soft_targets(students: list[Measured]) -> list[dict]:
+    """What the teachers teach: their probabilities for a few images at several temperatures.
+
+    Returns:
+        For each teacher: `teacher`, the first `run` that it taught, `temperatures`, and `images` that it gets right, of
+        different classes, those of which it is most nearly 80 % sure: each one's position, `label`, likeliest `classes`
+        and for each temperature their `probabilities`, the last of which is that of all other classes.
+    """
+    found: dict[tuple, list[Measured]] = {}
+    for student in students:
+        names = student.row["teacher"]
+        found.setdefault((str(names), student.row["config"]["teacher_mean"], student.row["images"]), []).append(student)
+    parts = []
+    for taught in list(found.values())[:MOST_TEACHERS]:
+        first, names = taught[0], taught[0].row["teacher"]
+        used = {loss.get("init_args", {}).get("temperature") for s in taught for loss in s.row["config"]["losses"]}
+        used = sorted(value for value in used if isinstance(value, int | float) and value not in TEMPERATURES)
+        temperatures = sorted([*TEMPERATURES, *used][:MOST_TEMPERATURES])
+        logits, classes = first.teacher_logits, list(first.row["per_class"])
+        images = [_soften(logits[i], classes, temperatures) | {"image": i, "label": classes[first.labels[i]]}
+                  for i in _instructive(logits, first.labels)]  # fmt: skip
+        names = [names] if isinstance(names, str) else names
+        parts.append({"teacher": names, "run": first.name, "temperatures": temperatures, "images": images})
+    return parts
+
+
+def _instructive(logits: Tensor, labels: Tensor) -> list[int]:
+    right = metrics.hits(logits, labels).nonzero()[:, 0]
+    distance = (logits[right].softmax(1).amax(1) - SURE).abs()
+    chosen: dict[int, int] = {}
+    for i in right[distance.argsort(stable=True)].tolist():
+        chosen.setdefault(labels[i].item(), i)
+        if len(chosen) == SOFT_IMAGES:
+            break
+    return list(chosen.values())
+
+
+def _soften(logits: Tensor, classes: list[str], temperatures: list[float]) -> dict:
+    top = logits.argsort(descending=True, stable=True)[:SOFT_CLASSES]
+    rows = []
+    for temperature in temperatures:
+        values = (logits.double() / temperature).softmax(0)[top].tolist()
+        rows.append([*values, max(0.0, 1 - sum(values))])
+    return {"classes": [classes[i] for i in top.tolist()], "probabilities": rows}
+
+
+def _picture(view, place: int) -> str:
+    """An image of a split as a data URI."""
+    pixels = view.read(torch.tensor([place]).numpy(), torch.device("cpu"))[0][0].permute(1, 2, 0)
+    return thumbnail(Image.fromarray(pixels.squeeze(2).numpy() if pixels.shape[2] == 1 else pixels.numpy()), 128)
