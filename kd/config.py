@@ -142,8 +142,9 @@ class TrainConfig:
     """run folder whose network gives the first weights instead"""
     losses: list[Loss] = field(default_factory=list)
     """terms of the objective, summed: class_path (a name below, or the import path of your own) and init_args"""
-    precompute: Literal["auto", "never"] = "auto"
-    """auto asks what is frozen (a teacher, a backbone) once an image where views are fixed; never asks at each step"""
+    precompute: Literal["auto", "always", "never"] = "auto"
+    """auto asks what is frozen (a teacher, a backbone) once for each view of an image, on disk for later runs too, where
+    views repeat within the epochs and the disk has room; always even if they hardly do; never asks at each step"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: int = 10
     """passes over the training images"""

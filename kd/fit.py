@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from kd import keyed, metrics
 from kd.checkpoint import Progress, load_newest, load_optimizer_tensors, optimizer_tensors, save_checkpoint
-from kd.data import DROPOUT, Data, TrainBatches
+from kd.data import DROPOUT, Data, TrainBatches, Views
 from kd.distiller import Distiller
 from kd.errors import UserError, say
 from kd.meter import Meter, not_finite
 from kd.optim import learning_rate, make_optimizer
 from kd.parallel import StopSignal, all_finite, copy_whole, share_buffers, share_loss_buffers, share_out, whole
-from kd.precompute import TableTeacher
+from kd.precompute import TableTeacher, ViewTableTeacher
 from kd.predict import predict
 from kd.runs import Run
 from kd.teachers import Teacher
@@ -26,7 +26,12 @@ from kd.track import Tracker
 
 
 def fit(
-    distiller: Distiller, teacher: Teacher | TableTeacher | None, data: Data, config, accelerator: Accelerator, run: Run
+    distiller: Distiller,
+    teacher: Teacher | TableTeacher | ViewTableTeacher | None,
+    data: Data,
+    config,
+    accelerator: Accelerator,
+    run: Run,
 ) -> Fitted:
     """Train until the last step, going on from the run's newest checkpoint.
 
@@ -58,8 +63,7 @@ def fit(
         config.seed,
         accelerator.process_index,
         accelerator.num_processes,
-        config.data.flip,
-        config.data.pad_crop,
+        Views.of(config.data),
         config.accumulate,
     )
     per_epoch = batches.steps_per_epoch

@@ -21,6 +21,8 @@ class Batch:
     epoch: the epoch, counted from 0.
     counts: how many images of the global batch each process has, which may be 0; None where there is one process.
     whole: whether that is all of the global batch, and not one of its micro-batches.
+    lookup: int64 (B, 2) on the CPU, each image's place and the number of its view; None where views have no numbers, or
+        these images only stand in for an empty part.
     """
 
     images: Tensor
@@ -30,6 +32,7 @@ class Batch:
     epoch: int = 0
     counts: list[int] | None = None
     whole: bool = True
+    lookup: Tensor | None = None
 
 
 @dataclass
