@@ -65,6 +65,7 @@ def fit(
         accelerator.num_processes,
         Views.of(config.data),
         config.accumulate,
+        len(data.classes),
     )
     per_epoch = batches.steps_per_epoch
     total = config.epochs * per_epoch if config.max_steps is None else min(config.epochs * per_epoch, config.max_steps)

@@ -15,7 +15,8 @@ class Batch:
     """This process's part of one global batch, or a micro-batch of it.
 
     images: uint8 (B, C, H, W), augmented but neither resized nor normalised: each network does that for itself.
-    labels: int64 (B,), index into the class names.
+    labels: int64 (B,), index into the class names; of mixed images float32 (B, K), the classes' shares, which
+        torch's cross entropy takes as well.
     index: int64 (B,), the images' places in the training set, by which everything random is keyed.
     keys: int64 (B,), a key an image for what is random inside the network (dropout); None outside training.
     epoch: the epoch, counted from 0.

@@ -117,7 +117,9 @@ def precompute_teacher(
 
 def _folder(kind: str, key: list, split: Split, config, accelerator, fixed: bool) -> Path:
     """The folder of a table, named by all that it depends on."""
-    of = hashlib.sha256(split.places.tobytes()).hexdigest() if fixed else Views.of(config.data).identity()
+    views, places = Views.of(config.data), hashlib.sha256(split.places.tobytes()).hexdigest()
+    # what an image is mixed with depends on which images there are
+    of = places if fixed else [*views.identity(), places] if views.mixes else views.identity()
     parts = [*key, accelerator.mixed_precision, split.store.identity(), of, accelerator.device.type]
     name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
     cache_dir = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default_cache_dir()

@@ -214,6 +214,26 @@ def test_a_run_with_a_table_is_the_run_without(distil, tmp_path, losses):  # noq
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--data.mixup", 1.0)])
+def test_a_number_of_views_makes_a_table_possible(distil, tmp_path, more):  # noqa: F811
+    views = ("--data.random_resized_crop", 0.3, *more, "--optimizer.name", "sgd", "--epochs", 4)
+    endless, made = distil("endless", *views)
+    assert (
+        "teacher: asked at each step (views without end; with data.views_per_image a table is possible)" in endless.out
+    )
+    assert not made
+    live, _ = distil("live", *views, "--data.views_per_image", 2, "--precompute", "never")
+    assert "; 2 of them an image, in turn" in live.out
+    table, made = distil("table", *views, "--data.views_per_image", 2)
+    assert "asked once for each view (2 views of 150 images" in table.out
+    assert len(made) == 1
+    assert_close(tmp_path / "live", tmp_path / "table", 2e-3)
+    other, made = distil("other", *views, "--data.views_per_image", 2, "--seed", 9)
+    assert share(other) == 100
+    assert not made
+
+
+@pytest.mark.slow
 def test_the_teacher_is_not_asked_about_what_is_found_by_other_seeds_students_losses_or_subsets(
     distil,  # noqa: F811
     monkeypatch,
