@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         distiller = Distiller(student, config.losses, teacher, data.image_shape, data.train_labels, config.seed)
         announce(distiller, data, config, accelerator)
         choose_batch_norm(distiller, config, accelerator)
-        teacher = precompute_teacher(teacher, distiller.teacher_taps, data, config, accelerator)
+        teacher = precompute_teacher(teacher, distiller.teacher_taps, data, config, accelerator, run)
         fitted = fit(distiller, teacher, data, config, accelerator, run)
         return conclude(fitted, data, config, accelerator, run)
 

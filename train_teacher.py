@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         distiller = Distiller(network, config.losses)
         announce(distiller, data, config, accelerator)
         choose_batch_norm(distiller, config, accelerator)
-        images = precompute_backbone(network, data, config, accelerator)
+        images = precompute_backbone(network, data, config, accelerator, run)
         fitted = fit(distiller, None, images, config, accelerator, run)
         return conclude(fitted, data, config, accelerator, run)
 

@@ -55,6 +55,22 @@ class DataConfig:
     """flip training images left-right, half of them"""
     pad_crop: int = 0
     """pad training images by this many pixels and crop them back at a random place"""
+    random_resized_crop: float = 0.0
+    """the least share of the area of a training image that a crop at a random place, of a random shape, may have before
+    it is enlarged to the image's size, such as 0.08; 0 for none"""
+    color_jitter: list[float] = field(default_factory=list)
+    """by how much brightness, contrast, saturation and hue of training images vary, such as [0.4, 0.4, 0.4, 0.1]"""
+    trivial_augment: bool = False
+    """TrivialAugment: one random change of shape or colour a training image, of random strength"""
+    random_erasing: float = 0.0
+    """share of training images in which a random rectangle is filled with data.mean"""
+    mixup: float = 0.0
+    """alpha of mixup, which blends a training image and its label with another's; 0 for none"""
+    cutmix: float = 0.0
+    """alpha of CutMix, which puts a rectangle of another image into a training image; with mixup, each for half"""
+    views_per_image: int = 0
+    """so many random views an image, shown in turn and the same for all seeds, so that what is frozen can be asked once
+    for each; 0 for new ones at each epoch"""
     channels: Literal[3, 1] = 3
     """3 (grey images are repeated) or 1 (luminance)"""
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
@@ -88,6 +104,27 @@ class DataConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"data.{name} {value} must be 1 or more, or null")
         _require(self.pad_crop >= 0, f"data.pad_crop {self.pad_crop} must be 0 or more")
+        for name in ("random_resized_crop", "random_erasing"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"data.{name} {value} must be from 0 to 1")
+        for name in ("mixup", "cutmix", "views_per_image"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"data.{name} {value} must be a finite number, 0 or more")
+        random = ("flip", "pad_crop", "random_resized_crop", "color_jitter", "trivial_augment", "random_erasing")
+        _require(
+            not self.views_per_image or any(getattr(self, name) for name in (*random, "mixup", "cutmix")),
+            f"data.views_per_image {self.views_per_image}: no random view is asked for; set data.flip or another, or 0",
+        )
+        _require(
+            not (self.pad_crop and self.random_resized_crop),
+            "data.pad_crop and data.random_resized_crop both crop; set one of them to 0",
+        )
+        jitter = self.color_jitter
+        _require(
+            len(jitter) in (0, 4) and all(0 <= value < math.inf for value in jitter) and max([0, *jitter[3:]]) <= 0.5,
+            f"data.color_jitter {jitter} must have four numbers, 0 or more (brightness, contrast, saturation, hue; the "
+            "last up to 0.5), or none",
+        )
         _require(
             not (self.crop and self.resize) or self.crop <= self.resize,
             f"data.crop {self.crop} is larger than data.resize {self.resize}",
@@ -146,8 +183,10 @@ class TrainConfig:
     """run folder whose network gives the first weights instead"""
     losses: list[Loss] = field(default_factory=list)
     """terms of the objective, summed: class_path (a name below, or the import path of your own) and init_args"""
-    precompute: Literal["auto", "never"] = "auto"
-    """auto asks what is frozen (a teacher, a backbone) once an image where views are fixed; never asks at each step"""
+    precompute: Literal["auto", "always", "never"] = "auto"
+    """auto asks what is frozen (a teacher, a backbone) once for each view of an image, and keeps that for later runs,
+    where views repeat within the epochs and the disk has room; always does so even if they hardly repeat; never asks at
+    each step"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: int = 10
     """passes over the training images"""
@@ -210,6 +249,13 @@ class TrainConfig:
             self.accumulate == 1 or not whole,
             f"accumulate {self.accumulate}: {', '.join(whole)} compares the images of a whole batch and would "
             "see a part of it; set accumulate 1, or leave it out",
+        )
+        hard = [type(loss).__name__ for loss in self.losses if loss.hard_labels]
+        mixing = " and ".join(f"data.{name}" for name in ("mixup", "cutmix") if getattr(self.data, name))
+        _require(
+            not (mixing and hard),
+            f"{mixing} gives images labels of two classes, and {', '.join(hard)} needs one class an image; set it to "
+            "0, or leave out the loss",
         )
         _require(self.peer_timeout >= 1, f"peer_timeout {self.peer_timeout} must be 1 or more")
         _require(self.num_threads is None or self.num_threads >= 1, f"num_threads {self.num_threads} must be 1 or more")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from kd import keyed, metrics
 from kd.checkpoint import Progress, load_newest, load_optimizer_tensors, optimizer_tensors, save_checkpoint
-from kd.data import DROPOUT, Data, TrainBatches
+from kd.data import DROPOUT, Data, TrainBatches, Views
 from kd.distiller import Distiller
 from kd.errors import UserError, say
 from kd.meter import Meter, not_finite
@@ -28,7 +28,7 @@ from kd.parallel import (
     share_out,
     whole,
 )
-from kd.precompute import TableTeacher
+from kd.precompute import TableTeacher, ViewTableTeacher
 from kd.predict import predict
 from kd.run_folder import Run
 from kd.teachers import Teacher
@@ -36,7 +36,12 @@ from kd.track import Tracker
 
 
 def fit(
-    distiller: Distiller, teacher: Teacher | TableTeacher | None, data: Data, config, accelerator: Accelerator, run: Run
+    distiller: Distiller,
+    teacher: Teacher | TableTeacher | ViewTableTeacher | None,
+    data: Data,
+    config,
+    accelerator: Accelerator,
+    run: Run,
 ) -> Fitted:
     """Train until the last step, going on from the run's newest checkpoint.
 
@@ -68,9 +73,9 @@ def fit(
         config.seed,
         accelerator.process_index,
         accelerator.num_processes,
-        config.data.flip,
-        config.data.pad_crop,
+        Views.of(config.data),
         config.accumulate,
+        len(data.classes),
     )
     # Accelerate's wrapper looks for packages at each step; only a scaler of gradients needs it.
     updates = optimizer if accelerator.scaler is not None else optimizer.optimizer

@@ -1,9 +1,10 @@
 """What is frozen is computed once: tables of a frozen teacher's outputs and of a frozen backbone's features.
 
-Where every epoch shows the same view of an image (no flip, no random crop), a frozen network says the same thing each
-time. It is asked once, in the images' order and in batches of a fixed size, so that the table does not depend on the
-run, on its interruptions or on the number of processes. Tables lie in the cache folder, named by everything they depend
-on (weights, images, view, what is kept), are reused by later runs, seeds and students, and are checked before use.
+A frozen network says the same thing about the same view each time. Where every epoch shows the same view of an image,
+it is asked once for all of them (`fixed_table`); where an image has a finite number of views, as with flips and padded
+crops, what it says is kept as the views come up (`view_table`); else it is asked at each step. Tables lie in the cache
+folder, named by everything they depend on (weights, images, views, what is kept), are reused by later runs, seeds and
+students, and are checked before use.
 """
 
 from __future__ import annotations
@@ -11,34 +12,39 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from kd.data import Data, Split, default_cache_dir
+from kd.data import Data, Split, Views, default_cache_dir
 from kd.data.store import Store
 from kd.errors import say
+from kd.fixed_table import fixed_table
 from kd.models import Classifier, state_hash
 from kd.outputs import Batch, Outputs
+from kd.run_folder import Run
 from kd.teachers import Teacher
+from kd.view_table import ViewTable, record_of, taken
 
-BATCH_SIZE = 128
-LIMIT_BYTES = 4 * 2**30  # a larger table is not made: reading it back would cost what it saves
+SHARE_OF_DISK = 0.25  # of the free space that a table of views may come to take
+MIN_FOUND = 0.1  # the share of answers that a run must expect to find in a table of views
+
+
+def _passes(config, data: Data) -> float:
+    """How often a run shows each training image."""
+    images = min(config.epochs * len(data.train), (config.max_steps or math.inf) * config.data.batch_size)
+    return images / len(data.train)
 
 
 def worth_it(config, data: Data) -> bool:
     """Whether the views are fixed, and the run shows the training images more than once."""
-    steps = config.max_steps or math.inf
-    images = min(config.epochs * len(data.train), steps * config.data.batch_size)
-    fixed = not config.data.flip and not config.data.pad_crop
-    return config.precompute == "auto" and fixed and images > len(data.train)
+    wanted = config.precompute == "always" or (config.precompute == "auto" and _passes(config, data) > 1)
+    return wanted and Views.of(config.data).plain
 
 
 class TableTeacher:
@@ -56,80 +62,183 @@ class TableTeacher:
 
     def answer(self, batch: Batch) -> Outputs:
         """What the teacher said about a batch's images."""
-        rows = self._place_to_row[batch.index.cpu().numpy()]
+        places = batch.index.cpu() if batch.lookup is None else batch.lookup[:, 0]  # a GPU is not waited for
+        rows = self._place_to_row[places.numpy()]
         values = {name: torch.from_numpy(table[rows]).to(batch.index.device) for name, table in self._rows.items()}
         return Outputs(values.pop("logits"), values)
 
 
-def precompute_teacher(teacher: Teacher, taps: list[str], data: Data, config, accelerator) -> Teacher | TableTeacher:
-    """The teacher's table, or the teacher itself where a table is not possible or not worth it; says which.
+class ViewTableTeacher:
+    """A teacher that is asked only for the views that its table does not have; stands in for `Teacher` in the loop."""
+
+    def __init__(self, teacher: Teacher, table: ViewTable):
+        self.teacher, self.table = teacher, table
+
+    def ask(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits and features of uint8 images, by name."""
+        return _named(self.teacher.outputs(images))
+
+    def answer(self, batch: Batch) -> Outputs:
+        """What the teacher said or says about a batch's views of images."""
+        values = self.table.look(batch.lookup, batch.images, self.ask)
+        return Outputs(values.pop("logits"), values)
+
+
+def _named(outputs: Outputs) -> dict[str, Tensor]:
+    return {"logits": outputs.logits, **outputs.features}
+
+
+def precompute_teacher(
+    teacher: Teacher, taps: list[str], data: Data, config, accelerator, run: Run
+) -> Teacher | TableTeacher | ViewTableTeacher:
+    """The teacher with its table, or the teacher itself where a table is not possible or not worth it; says which.
 
     Args:
         taps: the features that the losses need, by module name; tapped already.
         accelerator: says on which device and in which precision the teacher is asked.
+        run: remembers what was chosen, so that it goes on as it began.
     """
-    if not worth_it(config, data):
+    if config.precompute == "never":
         say("teacher: asked at each step")
         return teacher
+    members = [(member.preprocess.view.to_dict(), member.classes) for member in teacher.members]
+    key = [state_hash(teacher), repr(teacher), teacher.mean, teacher.classes, members, sorted(taps)]
 
     def ask(images: Tensor) -> dict[str, Tensor]:
-        outputs = teacher.outputs(images)
-        return {"logits": outputs.logits, **outputs.features}
+        return _named(teacher.outputs(images))
 
-    views = [(member.preprocess.view.to_dict(), member.classes) for member in teacher.members]
-    key = [
-        state_hash(teacher),
-        repr(teacher),
-        teacher.mean,
-        teacher.classes,
-        views,
-        sorted(taps),
-        accelerator.mixed_precision,
-    ]
-    rows = _table("teacher", key, ask, data.train, config, accelerator)
-    return teacher if rows is None else TableTeacher(rows, data.train)
+    if worth_it(config, data):
+        folder = _folder("teacher", key, data.train, config, accelerator, fixed=True)
+        rows = fixed_table("teacher", folder, ask, data.train, accelerator)
+        return teacher if rows is None else TableTeacher(rows, data.train)
+    table = _view_table("teacher", key, ask, data, config, accelerator, run)
+    return teacher if table is None else ViewTableTeacher(teacher, table)
 
 
-def precompute_backbone(classifier: Classifier, data: Data, config, accelerator) -> Data:
+def _folder(kind: str, key: list, split: Split, config, accelerator, fixed: bool) -> Path:
+    """The folder of a table, named by all that it depends on."""
+    views, places = Views.of(config.data), hashlib.sha256(split.places.tobytes()).hexdigest()
+    # what an image is mixed with depends on which images there are
+    of = places if fixed else [*views.identity(), places] if views.mixes else views.identity()
+    parts = [*key, accelerator.mixed_precision, split.store.identity(), of, accelerator.device.type]
+    name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    cache_dir = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default_cache_dir()
+    return cache_dir / "tables" / f"{kind}-{name}"
+
+
+@torch.no_grad()
+def _view_table(kind: str, key: list, ask, data: Data, config, accelerator, run: Run) -> ViewTable | None:
+    """The table of a network's answers to views, if there is to be one; says which.
+
+    It holds all images of the store, so that runs on other parts of it share it.
+    """
+    views, split = Views.of(config.data), data.train
+    folder = _folder(kind, key, split, config, accelerator, fixed=False)
+    first = ask(split.read(np.arange(1), accelerator.device)[0])
+    shapes = {name: tuple(value.shape[1:]) for name, value in first.items()}
+
+    def choose() -> str:
+        if views.plain:
+            return ""
+        if views.count is None:
+            return " (views without end; with data.views_per_image a table is possible)"
+        size = record_of(shapes).itemsize * len(split) * views.count
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        room = SHARE_OF_DISK * (shutil.disk_usage(folder.parent).free + taken(folder))
+        if size > room:
+            return f" (a table would take {size / 1e9:.3g} GB, the limit is {room / 1e9:.3g}: 1/4 of the free disk)"
+        filled = ViewTable(folder, shapes, len(split.store), views.count).filled(split.places) if taken(folder) else 0
+        passes = _passes(config, data)
+        found = 1 - (1 - filled) * views.expected_new(passes) / passes
+        if config.precompute == "auto" and found < MIN_FOUND:
+            return f" (of a table of {views.count} views {found:.0%} would be found; --precompute always makes one)"
+        return "table"
+
+    if accelerator.is_main_process:
+        run.settle(f"{kind} table", choose)
+    accelerator.wait_for_everyone()
+    chosen = run.settle(f"{kind} table", choose)
+    if chosen != "table":
+        say(f"{kind}: asked at each step{chosen}")
+        return None
+    table = ViewTable(folder, shapes, len(split.store), views.count)
+    size, filled = record_of(shapes).itemsize * len(split) * views.count, table.filled(split.places)
+    what = f"{views.count} views of {len(split)} images, {size / 1e6:.2f} MB of float16 when full, {filled:.0%} filled"
+    say(f"{kind}: asked once for each view ({what}), kept in {folder}")
+    return table
+
+
+@dataclass
+class ViewedSplit(Split):
+    """Training images whose views are shown to the head as a frozen backbone's features of them."""
+
+    table: ViewTable
+    ask: object
+
+    def shown(self, images: Tensor, lookup: Tensor | None) -> Tensor:
+        return self.table.look(lookup, images, self.ask)["features"]
+
+
+def precompute_backbone(classifier: Classifier, data: Data, config, accelerator, run: Run) -> Data:
     """The data with its training and validation images replaced by a frozen backbone's features of them.
 
     The same data comes back where there is no frozen backbone, or its head is not a linear layer that gives the logits.
     """
-    if classifier.head is None or not worth_it(config, data):
+    if classifier.head is None or config.precompute == "never":
         return data
     head = classifier.network.get_submodule(classifier.head)
-    kept: list[Tensor] = []
 
-    def ask(images: Tensor) -> tuple[Tensor, Tensor]:
-        kept.clear()
-        logits = classifier(images)
-        return kept[0], logits
+    @torch.no_grad()
+    def both(images: Tensor) -> tuple[Tensor, Tensor]:
+        with _inputs_of(head) as kept, accelerator.autocast():
+            logits = classifier(images)
+        return kept[0].float(), logits
 
-    def features_of(images: Tensor) -> dict[str, Tensor]:
-        return {"features": ask(images)[0]}
+    def ask(images: Tensor) -> dict[str, Tensor]:
+        return {"features": both(images)[0]}
 
-    handle = head.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0].float()))
+    tables = {}
     try:
         classifier.eval().to(accelerator.device)
         images, _, _ = data.train.read(np.arange(min(2, len(data.train))), accelerator.device)
         with torch.no_grad():
-            features, logits = ask(images)
+            features, logits = both(images)
             if not isinstance(head, nn.Linear) or not torch.allclose(head(features), logits, atol=1e-4):
                 return data
         key = [_backbone_hash(classifier), repr(classifier.network), classifier.preprocess.view.to_dict()]
-        tables = {}
-        for name in ("train", "val"):
+        if worth_it(config, data):
+            fixed = ("train", "val")
+        else:
+            if accelerator.is_fsdp2:  # the network cannot be asked alone between steps: it is in parts
+                return data
+            table = _view_table("backbone", key, ask, data, config, accelerator, run)
+            if table is None:
+                return data
+            tables["train"] = ViewedSplit(data.train.store, data.train.places, table, ask)
+            fixed = ("val",)
+        for name in fixed:
             split = getattr(data, name)
             if split is None:
                 continue
-            rows = _table("backbone", [*key, accelerator.mixed_precision], features_of, split, config, accelerator)
+            folder = _folder("backbone", key, split, config, accelerator, fixed=True)
+            rows = fixed_table("backbone", folder, ask, split, accelerator)
             if rows is None:
                 return data
             tables[name] = Split(Store(rows["features"], split.labels), np.arange(len(split)))
     finally:
-        handle.remove()
         classifier.train()
     return replace(data, **tables)
+
+
+@contextmanager
+def _inputs_of(module: nn.Module):
+    """A list of what is put into a module meanwhile."""
+    kept: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
+    try:
+        yield kept
+    finally:
+        handle.remove()
 
 
 def _backbone_hash(classifier: Classifier) -> str:
@@ -143,68 +252,3 @@ def _backbone_hash(classifier: Classifier) -> str:
         for name, parameter in head.named_parameters():
             parameter.copy_(saved[name])
     return digest
-
-
-@torch.no_grad()
-def _table(kind: str, key: list, ask, split: Split, config, accelerator) -> dict[str, np.ndarray] | None:
-    """Rows by name for every image of a split, from disk or made now; None if they would be too large."""
-    parts = [*key, split.store.identity(), hashlib.sha256(split.places.tobytes()).hexdigest(), accelerator.device.type]
-    name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-    cache_dir = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default_cache_dir()
-    folder = cache_dir / "tables" / f"{kind}-{name}"
-    first = ask(split.read(np.arange(1), accelerator.device)[0])
-    size = sum(4 * value.numel() for value in first.values()) * len(split)
-    if size > LIMIT_BYTES:
-        limit = f"{LIMIT_BYTES / 1e9:.1f} GB"
-        say(f"{kind}: asked at each step (a table would take {size / 1e9:.1f} GB, the limit is {limit})")
-        return None
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):  # one process makes it, the others wait and find it
-        found = _read(folder)
-        if found is None:
-            _build(kind, folder, ask, split, first, accelerator)
-            found = _read(folder)
-            how = "asked once"
-        else:
-            how = "looked up"
-    say(f"{kind}: {how} for {len(split)} images, {size / 1e6:.2f} MB in {folder}")
-    return found
-
-
-def _build(kind: str, folder: Path, ask, split: Split, first: dict[str, Tensor], accelerator) -> None:
-    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.mkdir()
-    try:
-        tables = {name: np.empty((len(split), *value.shape[1:]), np.float32) for name, value in first.items()}
-        for start in tqdm(range(0, len(split), BATCH_SIZE), desc=kind, unit="batch", disable=None, leave=False):
-            where = np.arange(start, min(start + BATCH_SIZE, len(split)))
-            with accelerator.autocast():
-                said = ask(split.read(where, accelerator.device)[0])
-            for name, value in said.items():
-                tables[name][where] = value.float().cpu().numpy()
-        digests = {}
-        for i, (name, table) in enumerate(tables.items()):
-            np.save(aside / f"{i}.npy", table)
-            digests[name] = hashlib.sha256((aside / f"{i}.npy").read_bytes()).hexdigest()
-        (aside / "meta.json").write_text(json.dumps(digests))
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _read(folder: Path) -> dict[str, np.ndarray] | None:
-    """The rows of a whole table; None if there is none or it is damaged, and then says so."""
-    if not folder.exists():
-        return None
-    try:
-        rows = {}
-        for i, (name, digest) in enumerate(json.loads((folder / "meta.json").read_text()).items()):
-            if hashlib.sha256((folder / f"{i}.npy").read_bytes()).hexdigest() != digest:
-                raise ValueError(f"{i}.npy does not have its checksum")
-            rows[name] = np.load(folder / f"{i}.npy", mmap_mode="r")
-        return rows
-    except (OSError, ValueError, AttributeError) as error:
-        say(f"table {folder} is damaged ({error}); it is made anew")
-        return None

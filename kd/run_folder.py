@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -65,6 +66,7 @@ class Run:
     def __init__(self, folder: str, config: dict, overwrite: bool, is_main: bool):
         self.folder, self.config, self.overwrite, self.is_main = Path(folder), config, overwrite, is_main
         self._lock = None
+        self._settled: dict[str, str] = {}
         if is_main:
             self._take()
             try:
@@ -119,6 +121,21 @@ class Run:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         if self.overwrite or not (self.folder / "config.yaml").is_file():
             write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
+
+    def settle(self, name: str, choose: Callable[[], str]) -> str:
+        """What this run chose when it began, so that it goes on in the same way even if the machine has changed since.
+
+        The main process chooses and writes it down; the others ask when it has.
+        """
+        file = self.folder / ".choices.json"
+        if not self.is_main:
+            return json.loads(file.read_text())[name]
+        if name not in self._settled:
+            begun = (self.folder / "config.yaml").is_file() and file.is_file() and not self.overwrite
+            known = json.loads(file.read_text()) if begun else {}
+            self._settled[name] = known[name] if name in known else choose()
+            write_atomic(file, json.dumps({**known, **self._settled}).encode())
+        return self._settled[name]
 
     @property
     def finished(self) -> bool:

@@ -16,7 +16,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwa
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kd.data import Data
+from kd.data import Data, Views
 from kd.distiller import Distiller
 from kd.errors import UserError, say
 from kd.models import Classifier, View, build_classifier, load_classifier, reuse_head
@@ -255,6 +255,8 @@ def announce(distiller: Distiller, data: Data, config, accelerator: Accelerator)
     val = f"{len(data.val)} validation" if data.val else "no validation"
     counts = f"{len(data.train)} train, {val}, {len(data.test)} test images, {len(data.classes)} classes"
     say(f"data: {config.data.source}: {counts}")
+    if not (views := Views.of(config.data)).plain:
+        say(f"views: {views.words()}")
     say(f"network: {classifier.recipe['model']}, {total:,} parameters{frozen}")
     say(f"objective: {distiller.objective()}")
     world, batch = accelerator.num_processes, config.data.batch_size

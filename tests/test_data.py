@@ -18,11 +18,12 @@ from PIL import Image
 
 from kd import keyed
 from kd.config import DataConfig
-from kd.data import DROPOUT, ORDER, VIEW, Data, Split, TrainBatches, load_data
+from kd.data import DROPOUT, ORDER, Data, Split, TrainBatches, Views, load_data
 from kd.data.augment import augment
 from kd.data.decode import UnreadableImage, open_image, read_image
 from kd.data.split import balanced_order, carve
 from kd.data.store import Store
+from kd.data.views import VIEW
 from kd.errors import UserError
 from kd.models.preprocess import Preprocess, View, centre_crop, resize_shorter_side
 
@@ -535,7 +536,7 @@ def make_split(count: int, channels: int = 3, side: int = 6) -> Split:
 
 
 def batches(split: Split, batch_size: int = 12, seed: int = 5, rank: int = 0, world: int = 1, view: bool = True):
-    return TrainBatches(split, batch_size, seed, rank, world, flip=view, pad_crop=2 if view else 0)
+    return TrainBatches(split, batch_size, seed, rank, world, Views(flip=view, pad_crop=2 if view else 0))
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(26, 12), (24, 12), (5, 12), (7, 1)])
@@ -618,7 +619,7 @@ def test_micro_batches_are_the_same_global_batch(world, step, accumulate):
     values, seen, total = np.random.default_rng(0).normal(size=29), 0, 0.0
     whole = batches(split).positions(step) + 3
     for rank in range(world):
-        cut = TrainBatches(split, 12, 5, rank, world, True, 2, accumulate)
+        cut = TrainBatches(split, 12, 5, rank, world, Views(True, 2), accumulate)
         part, weight = batches(split, rank=rank, world=world).read(step, CPU)
         micro = [cut.read(step, CPU, number) for number in range(cut.num_micro(step))]
         assert len(micro) <= accumulate

@@ -104,13 +104,13 @@ def test_a_damaged_table_is_made_anew(distil, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "limit"),
-    [(("--data.flip", "true"), None), (("--data.pad_crop", 1), None), (("--epochs", 1), None), ((), 10)],
+    [(("--data.pad_crop", 3), None), (("--epochs", 1), None), ((), 10)],
 )
-def test_the_teacher_is_asked_where_views_are_random_images_seen_once_or_the_table_too_large(
+def test_the_teacher_is_asked_where_views_hardly_repeat_images_are_seen_once_or_the_table_is_too_large(
     distil, monkeypatch, arguments, limit
 ):
     if limit:
-        monkeypatch.setattr("kd.precompute.LIMIT_BYTES", limit)
+        monkeypatch.setattr("kd.fixed_table.LIMIT_BYTES", limit)
     result, made = distil("run", "--data.split_seed", 15, *arguments)
     assert "teacher: asked at each step" in result.out
     assert not made

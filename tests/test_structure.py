@@ -22,7 +22,7 @@ ROOMS = (
     ("parse",),
     ("optim", "predict", "meter"),
     ("run_folder", "checkpoint", "distiller", "teachers"),
-    ("precompute",),
+    ("precompute", "fixed_table", "view_table"),
     ("track",),
     ("fit",),
     ("setup", "conclude", "compare"),

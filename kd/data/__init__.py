@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from kd import keyed
-from kd.data.augment import augment
 from kd.data.corrupt import corrupt
+from kd.data.mix import mixed_labels
 from kd.data.sources import find_source
 from kd.data.split import balanced_order, carve
 from kd.data.store import Store, open_stores
+from kd.data.views import Views
 from kd.errors import UserError, say
 from kd.outputs import Batch
 
-# What a key is for, so that the order, the views and dropout of one (seed, epoch, image) are independent.
-ORDER, VIEW, DROPOUT = 0, 1, 2
+# What a key is for, so that order, views (1 and 3, in kd.data.views) and dropout of one (seed, epoch, image) are
+# independent.
+ORDER, DROPOUT = 0, 2
 
 
 def default_cache_dir() -> Path:
@@ -50,6 +52,10 @@ class Split:
         if device.type == "cuda":
             images = images.pin_memory()
         return tuple(tensor.to(device, non_blocking=True) for tensor in (images, labels, index))
+
+    def shown(self, images: Tensor, lookup: Tensor) -> Tensor:
+        """What the network is given for these views of images; see `kd.precompute` for what may be instead."""
+        return images
 
 
 @dataclass
@@ -95,8 +101,9 @@ class TrainBatches:
         batch_size: of the global batch, over all processes.
         seed: of order, views and dropout.
         rank, num_processes: which part of each global batch is this process's; the first parts are the larger ones.
-        flip, pad_crop: the random views, see `augment`.
+        views: the random views.
         accumulate: into how many micro-batches a process's part is cut.
+        num_classes: K, of mixed images' labels.
     """
 
     def __init__(
@@ -106,13 +113,13 @@ class TrainBatches:
         seed: int,
         rank: int,
         num_processes: int,
-        flip: bool,
-        pad_crop: int,
+        views: Views,
         accumulate: int = 1,
+        num_classes: int = 0,
     ):
         self.split, self.batch_size, self.seed = split, batch_size, seed
         self.rank, self.num_processes, self.accumulate = rank, num_processes, accumulate
-        self.flip, self.pad_crop = flip, pad_crop
+        self.views, self.num_classes = views, num_classes
         self.steps_per_epoch = -(-len(split) // batch_size)
         self._epoch, self._order = -1, np.empty(0)
 
@@ -139,12 +146,25 @@ class TrainBatches:
         parts = [np.array_split(part, num_micro)[micro] for part in np.array_split(whole, self.num_processes)]
         part = parts[self.rank]
         weight = len(part) * self.num_processes / len(whole)
-        images, labels, index = self.split.read(part if len(part) else whole[:1], device)
-        epoch = step // self.steps_per_epoch
-        images = augment(images, keyed.keys(keyed.key(self.seed, VIEW, epoch), index), self.flip, self.pad_crop)
+        where = part if len(part) else whole[:1]
+        places, epoch = torch.from_numpy(self.split.places[where]), step // self.steps_per_epoch
+        keys, numbers = self.views.draw(self.seed, epoch, places)
+        lookup = torch.stack([places, numbers], dim=1) if numbers is not None and len(part) else None
+        if self.views.mixes:
+            others, other_keys = self.views.partners(keys, len(self.split))
+            where = np.concatenate([where, others.numpy()])
+        images, labels, index = self.split.read(where, device)
+        if self.views.mixes:
+            count = len(places)
+            images = self.views.apply(images, torch.cat([keys, other_keys]))
+            images, shares = self.views.mix(images[:count], images[count:], keys)
+            labels, index = mixed_labels(labels[:count], labels[count:], shares, self.num_classes), index[:count]
+        else:
+            images = self.views.apply(images, keys)
+        images = self.split.shown(images, lookup)
         counts = [len(part) for part in parts] if self.num_processes > 1 else None
         keys = keyed.keys(keyed.key(self.seed, DROPOUT, epoch), index)
-        return Batch(images, labels, index, keys, epoch, counts, num_micro == 1), weight
+        return Batch(images, labels, index, keys, epoch, counts, num_micro == 1, lookup), weight
 
 
 def load_data(config, download: bool = True) -> Data:

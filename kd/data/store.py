@@ -176,7 +176,6 @@ def _decode(aside: Path, name: str, split: RawSplit, channels, size, fit: bool, 
 
     images = np.lib.format.open_memmap(aside / f"{name}-images.npy", "w+", np.uint8, (count, channels, *size))
     _reserve(aside / f"{name}-images.npy")
-    _reserve(aside / f"{name}-images.npy")
     bad: list[tuple[int, str]] = []
     kept = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -209,10 +208,3 @@ def _decode(aside: Path, name: str, split: RawSplit, channels, size, fit: bool, 
         np.save(aside / f"{name}-images.npy", whole)
     np.save(aside / f"{name}-labels.npy", labels)
     return [split.name(i) for i, _ in bad]
-
-
-def _reserve(file: Path) -> None:
-    """Take the disk space of a sparse file now: a memory map that meets a full disk kills the process by SIGBUS."""
-    if hasattr(os, "posix_fallocate"):
-        with open(file, "r+b") as opened:
-            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)

@@ -40,10 +40,13 @@ class Loss(nn.Module):
     images. A loss that compares images with each other takes `global_rows`, so that it sees the whole global batch,
     and says so by `sees_batch`, so that it is not computed on micro-batches of it. A buffer that the loss itself keeps
     equal on all processes is named in `replicated`; any other is rank 0's.
+
+    A loss that takes each image to be of one class (and reads `batch.labels` as int64) says so by `hard_labels`.
     """
 
     needs_teacher = True
     sees_batch = False
+    hard_labels = False
     student_taps: Sequence[str] = ()
     teacher_taps: Sequence[str] = ()
     replicated: Sequence[str] = ()

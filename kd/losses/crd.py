@@ -110,6 +110,7 @@ class CRD(FeatureLoss):
     """
 
     sees_batch = True  # the bank learns from a whole batch after it
+    hard_labels = True
     replicated = ("student_bank", "teacher_bank", "log_means", "started", "order", "counts")
 
     def __init__(

@@ -56,6 +56,8 @@ class DKD(SoftenedLoss):
         weight: factor of this term in the objective.
     """
 
+    hard_labels = True
+
     def __init__(
         self,
         alpha: float = 1.0,

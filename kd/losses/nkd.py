@@ -47,6 +47,8 @@ class NKD(SoftenedLoss):
         weight: factor of this term in the objective.
     """
 
+    hard_labels = True
+
     def __init__(self, gamma: float = 1.5, temperature: float = 1.0, standardize: bool = False, weight: float = 1.0):
         super().__init__(temperature, standardize, weight)
         self.require(0 <= gamma < float("inf"), f"gamma {gamma} must be a finite number, 0 or more")

@@ -1,0 +1,92 @@
+"""A table of what a frozen network says about every image of a split, made once: for views that do not change.
+
+The network is asked in the images' order and in batches of a fixed size, so that the table does not depend on the run,
+on its interruptions or on the number of processes. It is checked by its checksums before use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+from tqdm import tqdm
+
+from kd.data import Split
+from kd.errors import say
+
+BATCH_SIZE = 128
+LIMIT_BYTES = 4 * 2**30  # a larger table is not made: reading it back would cost what it saves
+
+
+@torch.no_grad()
+def fixed_table(kind: str, folder: Path, ask, split: Split, accelerator) -> dict[str, np.ndarray] | None:
+    """Rows by name, float32 (N, ...), for every image of a split, from disk or made now; None if too large.
+
+    Args:
+        kind: what is asked, in words.
+        folder: where the table is; its name says what the rows depend on.
+        ask: gives the values of images by name.
+    """
+    first = ask(split.read(np.arange(1), accelerator.device)[0])
+    size = sum(4 * value.numel() for value in first.values()) * len(split)
+    if size > LIMIT_BYTES:
+        limit = f"{LIMIT_BYTES / 1e9:.1f} GB"
+        say(f"{kind}: asked at each step (a table would take {size / 1e9:.1f} GB, the limit is {limit})")
+        return None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # one process makes it, the others wait and find it
+        found = _read(folder)
+        if found is None:
+            _build(kind, folder, ask, split, first, accelerator)
+            found = _read(folder)
+            how = "asked once"
+        else:
+            how = "looked up"
+    say(f"{kind}: {how} for {len(split)} images, {size / 1e6:.2f} MB in {folder}")
+    return found
+
+
+def _build(kind: str, folder: Path, ask, split: Split, first: dict[str, Tensor], accelerator) -> None:
+    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.mkdir()
+    try:
+        tables = {name: np.empty((len(split), *value.shape[1:]), np.float32) for name, value in first.items()}
+        for start in tqdm(range(0, len(split), BATCH_SIZE), desc=kind, unit="batch", disable=None, leave=False):
+            where = np.arange(start, min(start + BATCH_SIZE, len(split)))
+            with accelerator.autocast():
+                said = ask(split.read(where, accelerator.device)[0])
+            for name, value in said.items():
+                tables[name][where] = value.float().cpu().numpy()
+        digests = {}
+        for i, (name, table) in enumerate(tables.items()):
+            np.save(aside / f"{i}.npy", table)
+            digests[name] = hashlib.sha256((aside / f"{i}.npy").read_bytes()).hexdigest()
+        (aside / "meta.json").write_text(json.dumps(digests))
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _read(folder: Path) -> dict[str, np.ndarray] | None:
+    """The rows of a whole table; None if there is none or it is damaged, and then says so."""
+    if not folder.exists():
+        return None
+    try:
+        rows = {}
+        for i, (name, digest) in enumerate(json.loads((folder / "meta.json").read_text()).items()):
+            if hashlib.sha256((folder / f"{i}.npy").read_bytes()).hexdigest() != digest:
+                raise ValueError(f"{i}.npy does not have its checksum")
+            rows[name] = np.load(folder / f"{i}.npy", mmap_mode="r")
+        return rows
+    except (OSError, ValueError, AttributeError) as error:
+        say(f"table {folder} is damaged ({error}); it is made anew")
+        return None
