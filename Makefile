@@ -28,16 +28,21 @@ demo: $(VENV)/.installed
 	$(BIN)/python evaluate.py $(RUNS)/teacher $(RUNS)/student $(RUNS)/kd --report $(RUNS)/report
 	@echo "the picture is $(RUNS)/report/accuracy_vs_cost.png"
 
-# The CIFAR-10 tutorial: both teachers, both students alone, the four distilled ones, the comparison. DATA names a source.
+# The CIFAR-10 tutorial: both teachers, both students alone, the four distilled ones, the comparison. DATA names a source;
+# SEEDS="42 43 44" runs all of it three times, and the comparison has means and spreads. Started again it goes on.
 DATA ?= cifar10
-CIFAR10 := $(BIN)/accelerate launch --quiet
+SEEDS ?= 42
+CIFAR10 := teacher teacher_nodropout student student_nodropout kd kd_t10 cosine regressor
 cifar10: $(VENV)/.installed
-	for name in teacher teacher_nodropout student student_nodropout; do \
-		$(CIFAR10) train_teacher.py --config recipes/cifar10/$$name.yaml --data.source $(DATA) || exit; done
-	for name in kd kd_t10 cosine regressor; do \
-		$(CIFAR10) distill.py --config recipes/cifar10/$$name.yaml --data.source $(DATA) || exit; done
-	$(BIN)/python evaluate.py $(addprefix runs/cifar10/,teacher teacher_nodropout student student_nodropout kd kd_t10 \
-		cosine regressor) --report runs/cifar10/report
+	for seed in $(SEEDS); do run=runs/cifar10/seed_$$seed; for name in $(CIFAR10); do \
+		case $$name in \
+			teacher*|student*) set -- train_teacher.py ;; \
+			kd_t10) set -- distill.py --teacher $$run/teacher_nodropout --init_from $$run/student_nodropout ;; \
+			*) set -- distill.py --teacher $$run/teacher ;; esac; \
+		$(BIN)/accelerate launch --quiet "$$@" --config recipes/cifar10/$$name.yaml --data.source $(DATA) --seed $$seed \
+			--output_dir $$run/$$name $(ARGS) || exit; done; done
+	$(BIN)/python evaluate.py $(foreach seed,$(SEEDS),$(addprefix runs/cifar10/seed_$(seed)/,$(CIFAR10))) \
+		--report runs/cifar10/report
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slurm"

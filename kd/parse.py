@@ -50,7 +50,7 @@ def parse(config_class, argv: list[str] | None, positional: str | None = None):
     else:
         parser.add_argument("--config", action="config", help="YAML recipe; flags win over it")
     parser.add_class_arguments(config_class, nested_key=None)
-    argv = _replace_losses(sys.argv[1:] if argv is None else list(argv))
+    argv = _replace_losses(_recipes_first(sys.argv[1:] if argv is None else list(argv)))
     if config_class in DEFAULT_LOSSES and not _gives_losses(argv):
         parser.set_defaults({"losses": DEFAULT_LOSSES[config_class]})
     try:
@@ -67,6 +67,17 @@ def parse(config_class, argv: list[str] | None, positional: str | None = None):
     if "overwrite" in chosen:
         config.resolved["overwrite"] = False  # or a run started again from its own config.yaml would delete itself
     return config
+
+
+def _recipes_first(argv: list[str]) -> list[str]:
+    """The arguments with `--config FILE` in front, since jsonargparse lets the last one win, whichever it is."""
+    recipes, flags, rest = [], [], iter(argv)
+    for word in rest:
+        if word == "--config":
+            recipes += [word, *itertools.islice(rest, 1)]
+        else:
+            (recipes if word.startswith("--config=") else flags).append(word)
+    return recipes + flags
 
 
 def _replace_losses(argv: list[str]) -> list[str]:

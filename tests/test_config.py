@@ -15,11 +15,13 @@ def losses(config) -> list[tuple]:
 
 
 def test_flags_win_over_the_recipe_and_the_recipe_over_defaults():
-    config = parse(TeacherConfig, ["--config", "recipes/digits/teacher.yaml", "--data.batch_size", "32", "--seed=7"])
-    assert (config.data.batch_size, config.seed) == (32, 7)
-    assert (config.data.resize, config.epochs) == (28, 20)
-    assert config.data.val_fraction == 0.1
-    assert config.data.mean == [0.5, 0.5, 0.5]
+    recipe, flags = ["--config", "recipes/digits/teacher.yaml"], ["--data.batch_size", "32", "--seed=7", "--epochs=9"]
+    for argv in ([*recipe, *flags], [*flags, *recipe], [*flags[:2], "=".join(recipe), *flags[2:]]):
+        config = parse(TeacherConfig, argv)
+        assert (config.data.batch_size, config.seed, config.epochs) == (32, 7, 9)
+        assert config.data.resize == 28
+        assert config.data.val_fraction == 0.1
+        assert config.data.mean == [0.5, 0.5, 0.5]
 
 
 def test_default_losses_are_replaced_whole(tmp_path):
