@@ -91,13 +91,20 @@ def test_numbers_are_those_of_the_network_on_the_test_split(call, teacher_run, s
     assert sum("is not larger: 267,738 against 221,962 parameters" in note for note in student["notes"]) == 1
     assert len(student["notes"]) == (2 if student["multiply_adds"] >= teacher["multiply_adds"] else 1)
     assert all(f"note: {note}" in result.err for note in student["notes"])
-    names = {path.name for path in (tmp_path / "report").iterdir()}
-    assert {"report.md", "results.json", "accuracy_vs_cost.png"} < names
-    assert sum(name.startswith("confusion_") for name in names) == 2
-    for name in names:
-        if name.endswith(".png"):
-            assert (tmp_path / "report" / name).read_bytes()[:4] == b"\x89PNG"
-            assert f"({name})" in (tmp_path / "report/report.md").read_text()
+    report = tmp_path / "report"
+    names = {"index.html", "report.md", "results.json", "accuracy_vs_cost.png"}
+    assert {path.name for path in report.iterdir()} == names
+    assert (report / "accuracy_vs_cost.png").read_bytes()[:4] == b"\x89PNG"
+    assert "(accuracy_vs_cost.png)" in (report / "report.md").read_text()
+    content = json.loads((report / "results.json").read_text())
+    assert content["runs"] == [teacher, student]
+    differing = (said[0].argmax(1) != said[1].argmax(1)).sum().item()
+    assert sum(content["differences"][0]["counts"].values()) == differing
+    page = (report / "index.html").read_text()
+    for row in (teacher, student):
+        cells = (f"{row['top1']:.2f}", f"{row['nll']:.4f}", f"{row['num_params']:,}", f"{row['multiply_adds']:,}")
+        assert all(f"<td>{cell}</td>" in page for cell in cells)
+    assert all(f'<section id="{key}"' in page for key in ("cost", "curves", "reliability", "confusion", "differences"))
 
 
 def test_a_student_whose_teacher_is_gone_is_measured_without_it(call, student_run, tmp_path):
