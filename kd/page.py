@@ -46,6 +46,7 @@ nav ul { columns: 15rem; padding-left: 1.2rem; }
   .skip { display: none; }
   .scroll { overflow: visible; }
   .scroll :is(td, th) { padding: .1rem .3rem; }
+  .scroll :is(td.text, th) { overflow-wrap: anywhere; white-space: normal; }
   .scroll th[scope=row] { position: static; }
   tr { break-inside: avoid; }
   caption, thead { break-after: avoid; }

@@ -93,7 +93,7 @@ def _groups(rows: list[dict]) -> dict[str, list[dict]]:
 
 def short_names(names: list[str]) -> list[str]:
     """Paths without the folder that they share."""
-    folder = shared_folder(names) if len(names) > 1 else ""
+    folder = shared_folder(names)
     return [os.path.relpath(name, folder) for name in names] if folder else names
 
 
@@ -152,7 +152,9 @@ def accuracy_against_cost(figure: Plot, runs, cost: str = "multiply_adds") -> No
         seen.add(kind)
         if len(points) <= MOST_NAMED or best[name]:
             side, offset = sides[number % len(sides)]
-            axes.annotate(name, (x, accuracy), textcoords="offset points", xytext=offset, ha=side, fontsize=10)
+            axes.annotate(
+                _short(name, 36), (x, accuracy), textcoords="offset points", xytext=offset, ha=side, fontsize=10
+            )
     costs = [adds for _, adds in points.values()]
     axes.set_xscale("log")
     axes.set_xlim(min(costs) / 3, max(costs) * 3)

@@ -26,12 +26,20 @@ COLUMNS = (
     ("top-1 %", "top1", ".2f", 1),
     ("top-5 %", "top5", ".2f", 1),
     ("NLL", "nll", ".4f", 1),
+    ("Brier", "brier", ".4f", 1),
     ("ECE %", "calibration_error", ".2f", 1),
     ("agrees %", "agreement", ".2f", 1),
     ("parameters", "num_params", ",", 1),
     ("multiply-adds", "multiply_adds", ",", 1),
     ("MB", "bytes", ".2f", 1e6),
     ("ms/image", "latency_ms", ".2f", 1),
+)
+SPEED = (
+    ("batch size", "batch_size", "", 1),
+    ("p50 ms", "p50_ms", ".2f", 1),
+    ("p95 ms", "p95_ms", ".2f", 1),
+    ("images/s", "images_per_second", ",.0f", 1),
+    ("peak MB", "peak_memory_bytes", ",.2f", 1e6),
 )
 
 
@@ -141,6 +149,16 @@ def cka_table(rows: list[dict]) -> Table:
         for part in row["cka"] or []
     ]
     return ["run", "student's module", "teacher's module", "CKA"], body
+
+
+def speed_table(rows: list[dict]) -> Table:
+    """One line a run and batch size: the time of one batch, images a second, and the memory that it takes."""
+    body = [
+        [row["run"], *(shown(part[key], form, unit) for _, key, form, unit in SPEED)]
+        for row in rows
+        for part in row["speed"] or []
+    ]
+    return ["run", *(title for title, *_ in SPEED)], body
 
 
 def class_table(rows: list[dict]) -> Table:
@@ -260,7 +278,7 @@ def to_csv(results: list[Measured], groups: list[dict]) -> str:
         row |= {key: len(result.row[key] or []) for key in ("only_student_right", "only_teacher_right") if names}
         for part in result.row["speed"] or []:
             size = part["batch_size"]
-            row |= {f"{key}_batch_{size}": part[key] for key in ("p50_ms", "p95_ms", "images_per_second")}
+            row |= {f"{key}_batch_{size}": part[key] for _, key, *_ in SPEED[1:]}
         lines.append({**row, **{f"group_{key}": value for key, value in whole.items()}})
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")

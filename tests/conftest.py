@@ -93,6 +93,28 @@ def teacher_run(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def runs(teacher_run, tmp_path_factory) -> list[Path]:
+    """Two seeds of a student alone and of the same student distilled from features, of a few steps each."""
+    import distill
+    import train_teacher
+
+    folder = tmp_path_factory.mktemp("runs")
+    few = ["--data.num_train", "200", "--epochs", "2", "--report_to", "none"]
+    taps = "{class_path: CosineEmbedding, init_args: {student_tap: features.3, teacher_tap: features.3}}"
+    here = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        for seed in ("0", "1"):
+            alone = ["--config", "recipes/digits/student.yaml", *few, "--seed", seed]
+            assert train_teacher.main([*alone, "--output_dir", str(folder / f"alone{seed}")]) == 0
+            kd = ["--config", "recipes/digits/kd.yaml", *few, "--seed", seed, "--teacher", str(teacher_run)]
+            assert distill.main([*kd, "--losses+", taps, "--output_dir", str(folder / f"kd{seed}")]) == 0
+    finally:
+        os.chdir(here)
+    return [folder / name for name in ("alone0", "alone1", "kd0", "kd1")]
+
+
 def write_image(path: Path, colour, size=(12, 10), seed=0) -> None:
     """A noisy picture whose mean colour tells its class; size is (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,7 @@ def test_numbers_are_those_of_the_network_on_the_test_split(call, teacher_run, s
         for part in row["speed"]:
             assert part["p50_ms"] <= part["p95_ms"]
             assert part["images_per_second"] > 0
-            assert part["peak_memory_bytes"] is None
+            assert part["peak_memory_bytes"] > 4 * row["num_params"]
     assert teacher["agreement"] is None
     assert student["agreement"] == pytest.approx(metrics.agreement(said[1], said[0]))
     assert student["agreement_top5"] == pytest.approx(metrics.agreement(said[1], said[0], top=5))
@@ -137,23 +137,6 @@ def test_classes_are_matched_by_name(call, teacher_run, tmp_path):
     result = call("evaluate", teacher_run, "--source", tmp_path / "nine")
     assert result.status == 2
     assert "different classes (9, ...)" in result.err
-
-
-@pytest.fixture(scope="module")
-def runs(teacher_run, tmp_path_factory):
-    """Two seeds of a student alone and of the same student distilled from features, of a few steps each."""
-    import distill
-    import train_teacher
-
-    folder = tmp_path_factory.mktemp("runs")
-    few = ["--data.num_train", "200", "--epochs", "2", "--report_to", "none"]
-    taps = "{class_path: CosineEmbedding, init_args: {student_tap: features.3, teacher_tap: features.3}}"
-    for seed in ("0", "1"):
-        alone = ["--config", "recipes/digits/student.yaml", *few, "--seed", seed]
-        assert train_teacher.main([*alone, "--output_dir", str(folder / f"alone{seed}")]) == 0
-        kd = ["--config", "recipes/digits/kd.yaml", *few, "--seed", seed, "--teacher", str(teacher_run)]
-        assert distill.main([*kd, "--losses+", taps, "--output_dir", str(folder / f"kd{seed}")]) == 0
-    return [folder / name for name in ("alone0", "alone1", "kd0", "kd1")]
 
 
 def test_seeds_are_compared_with_the_student_alone(call, teacher_run, runs, tmp_path):

@@ -14,7 +14,18 @@ from kd.page import thumbnail
 from kd.records import Record
 from kd.report.sections import report_page
 from kd.run_folder import write_atomic
-from kd.tables import against, aligned, all_notes, caption, class_table, comparison_table, content, runs_table, to_json
+from kd.tables import (
+    against,
+    aligned,
+    all_notes,
+    caption,
+    class_table,
+    comparison_table,
+    content,
+    runs_table,
+    speed_table,
+    to_json,
+)
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 MOST_TEMPERATURES = 5
@@ -47,6 +58,7 @@ def write_report(folder: Path, results: list[Measured], groups: list[dict]) -> l
         aligned(runs_table(rows), True),
         aligned(comparison_table(groups), True),
         *against(groups),
+        *([aligned(speed_table(rows), True)] if any(row["speed"] for row in rows) else []),
         *(f"- {note}" for note in all_notes(results, groups)),
         aligned(class_table(rows), True),
         "![accuracy against cost](accuracy_vs_cost.png)",

@@ -19,6 +19,7 @@ from kd.tables import (
     members,
     runs_table,
     shown,
+    speed_table,
 )
 
 MOST_RUNS = 6  # whose confusion is shown
@@ -32,9 +33,11 @@ _KINDS = {
 _STYLE = """
 figure { max-width: 34rem; }
 #curves figure, #cost figure { max-width: 38rem; }
-.cards img { float: left; height: 6rem; margin: 0 .75rem .25rem 0; max-width: 45%; object-fit: contain; }
-.cards > li::after { clear: both; content: ""; display: block; }
+.cards > li { display: flex; gap: .75rem; }
+.cards img { flex: none; height: 6rem; max-width: 45%; object-fit: contain; }
 .cards p { margin: 0 0 .25rem; }
+.plots :is(td, th) { padding: .25rem .4rem; }
+.plots .scroll { font-size: .9rem; }
 .soft { align-items: flex-start; display: flex; flex-wrap: wrap; gap: 0 1rem; break-inside: avoid; }
 .soft img { height: 6rem; margin-top: 1rem; }
 .soft figure { flex: 1 1 20rem; min-width: 0; }
@@ -68,6 +71,7 @@ class _Report:
         sections = [
             ("results", "Results", self.results()),
             ("comparison", "Comparison", self.comparison()),
+            ("speed", "Speed and memory", self.speed()),
             ("cost", "Accuracy against cost", self.cost()),
             ("curves", "Learning curves", self.curves()),
             ("reliability", "Reliability", self.reliability()),
@@ -106,10 +110,7 @@ class _Report:
     def results(self) -> list[str]:
         parts = [self.named("Runs", runs_table(self.rows))]
         folder = plots.shared_folder([row["run"] for row in self.rows]) if len(self.rows) > 1 else ""
-        words = (
-            f"Latency on {self.rows[0]['device']}, one image, preprocessing included. NLL in nats; ECE is the expected "
-        )
-        words += "calibration error; agrees is how often student and teacher name the same class."
+        words = f"Latency on {self.rows[0]['device']}, one image, preprocessing included. {' '.join(_RESULTS.split())}"
         parts.append(_p(words + (f" The runs are in {folder}." if folder else "")))
         notes = [note for part in (*self.rows, *self.groups) for note in part["notes"]]
         if notes:
@@ -126,6 +127,13 @@ class _Report:
             *map(_p, against(groups)),
             _p(" ".join(_COMPARISON.split())),
         ]
+
+    def speed(self) -> list[str]:
+        if not any(row["speed"] for row in self.rows):
+            return []
+        words = f"Of one batch on {self.rows[0]['device']}, preprocessing included: the median time and the 95th "
+        words += "percentile; the memory is that of the network and of what it computes."
+        return [self.named("Speed and memory by batch size", speed_table(self.rows)), _p(words)]
 
     def cost(self) -> list[str]:
         body = [
@@ -237,8 +245,8 @@ class _Report:
                 picture = image(self.pictures[part["run"], said["image"]], f"image {said['image']}, {said['label']}")
                 lines = [f"{who}: {_sure(said[who])}" for who in ("student", "teacher")]
                 cards.append(
-                    f"<li>{picture}<p><strong>{escape(said['label'])}</strong> (image {said['image']}): "
-                    f"{_KINDS[said['kind']]}</p>{''.join(map(_p, lines))}</li>"
+                    f"<li>{picture}<div><p><strong>{escape(said['label'])}</strong> (image {said['image']}): "
+                    f"{_KINDS[said['kind']]}</p>{''.join(map(_p, lines))}</div></li>"
                 )
             parts.append(f'<ol class="cards">{"".join(cards)}</ol>' if cards else "")
         if parts:
@@ -252,6 +260,7 @@ class _Report:
         parts = []
         for part in self.content["soft_targets"]:
             parts.append(f"<h3>{escape(' + '.join(map(self.short, part['teacher'])))}</h3>")
+            parts.append('<div class="plots">')
             for said in part["images"]:
                 temperatures = [f"T = {value:g}" for value in part["temperatures"]]
                 values = zip(*said["probabilities"], strict=True)
@@ -264,6 +273,7 @@ class _Report:
                 description = f"{said['label']}; at {temperatures[0]} the teacher says {likeliest}."
                 numbers = table(title, ["class", *temperatures], body)
                 parts.append(f'<div class="soft">{picture}{self.figure(plot, title, description, numbers)}</div>')
+            parts.append("</div>")
         if parts:
             words = "The teacher's probabilities, softened by the temperature T, for images that it gets right and of "
             words += "which it is most nearly 80 % sure. A high temperature shows which classes it finds alike."
@@ -295,6 +305,10 @@ class _Report:
         return [self.named("Training", (head, body), text), _p(f"Measured with {versions}.")]
 
 
+_RESULTS = """
+NLL in nats; Brier is the squared error over all classes; ECE is the expected calibration error; agrees is how often
+student and teacher name the same class.
+"""
 _COMPARISON = """
 Accuracy is the mean ± standard deviation over n seeds. The interval is a paired bootstrap over test images and runs:
 where it holds 0, nothing was shown, and that of a few runs is too narrow. McNemar p is the exact test of run against
