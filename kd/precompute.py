@@ -186,47 +186,44 @@ def precompute_backbone(classifier: Classifier, data: Data, config, accelerator,
     """
     if classifier.head is None or config.precompute == "never":
         return data
-    head = classifier.network.get_submodule(classifier.head)
+    frozen = classifier.to(accelerator.device).folded()
+    head = frozen.network.get_submodule(frozen.head)
 
     @torch.no_grad()
     def both(images: Tensor) -> tuple[Tensor, Tensor]:
         with _inputs_of(head) as kept, accelerator.autocast():
-            logits = classifier(images)
+            logits = frozen(images)
         return kept[0].float(), logits
 
     def ask(images: Tensor) -> dict[str, Tensor]:
         return {"features": both(images)[0]}
 
     tables = {}
-    try:
-        classifier.eval().to(accelerator.device)
-        images, _, _ = data.train.read(np.arange(min(2, len(data.train))), accelerator.device)
-        with torch.no_grad():
-            features, logits = both(images)
-            if not isinstance(head, nn.Linear) or not torch.allclose(head(features), logits, atol=1e-4):
-                return data
-        key = [_backbone_hash(classifier), repr(classifier.network), classifier.preprocess.view.to_dict()]
-        if worth_it(config, data):
-            fixed = ("train", "val")
-        else:
-            if accelerator.is_fsdp2:  # the network cannot be asked alone between steps: it is in parts
-                return data
-            table = _view_table("backbone", key, ask, data, config, accelerator, run)
-            if table is None:
-                return data
-            tables["train"] = ViewedSplit(data.train.store, data.train.places, table, ask)
-            fixed = ("val",)
-        for name in fixed:
-            split = getattr(data, name)
-            if split is None:
-                continue
-            folder = _folder("backbone", key, split, config, accelerator, fixed=True)
-            rows = fixed_table("backbone", folder, ask, split, accelerator)
-            if rows is None:
-                return data
-            tables[name] = Split(Store(rows["features"], split.labels), np.arange(len(split)))
-    finally:
-        classifier.train()
+    images, _, _ = data.train.read(np.arange(min(2, len(data.train))), accelerator.device)
+    with torch.no_grad():
+        features, logits = both(images)
+        if not isinstance(head, nn.Linear) or not torch.allclose(head(features), logits, atol=1e-4):
+            return data
+    key = [_backbone_hash(classifier), repr(classifier.network), classifier.preprocess.view.to_dict()]
+    if worth_it(config, data):
+        fixed = ("train", "val")
+    else:
+        if accelerator.is_fsdp2:  # the network cannot be asked alone between steps: it is in parts
+            return data
+        table = _view_table("backbone", key, ask, data, config, accelerator, run)
+        if table is None:
+            return data
+        tables["train"] = ViewedSplit(data.train.store, data.train.places, table, ask)
+        fixed = ("val",)
+    for name in fixed:
+        split = getattr(data, name)
+        if split is None:
+            continue
+        folder = _folder("backbone", key, split, config, accelerator, fixed=True)
+        rows = fixed_table("backbone", folder, ask, split, accelerator)
+        if rows is None:
+            return data
+        tables[name] = Split(Store(rows["features"], split.labels), np.arange(len(split)))
     return replace(data, **tables)
 
 

@@ -32,6 +32,7 @@ class Teacher(nn.Module):
         for i, order in enumerate(orders):
             self.register_buffer(f"order_{i}", order, persistent=False)
         freeze(self)
+        self._asked: list[Classifier] = []  # the members with batch norm folded, from the first question on
 
     def tap(self, names: Iterable[str]) -> None:
         """Let the outputs have the features of these modules, by dotted name.
@@ -42,14 +43,23 @@ class Teacher(nn.Module):
         if len(self.members) > 1:
             raise UserError(f"losses on features ({', '.join(names)}) need one teacher, not {len(self.members)}")
         self.members[0].tap(names)
+        self._asked = []
+
+    def _apply(self, *arguments, **named):
+        self._asked = []  # the weights go elsewhere
+        return super()._apply(*arguments, **named)
 
     @torch.no_grad()
     def outputs(self, images: Tensor) -> Outputs:
         """Logits (B, K), float32, and tapped features for uint8 images (B, C, H, W)."""
-        said = [member.outputs(images) for member in self.members]
-        logits = [part.logits.float()[:, getattr(self, f"order_{i}")] for i, part in enumerate(said)]
+        if not self._asked:
+            self._asked = [member.folded() for member in self.members]
+        with torch.inference_mode():
+            said = [member.outputs(images) for member in self._asked]
+        # what is made in inference mode cannot be kept for a backward pass; indexing makes it anew
+        logits = [part.logits[:, getattr(self, f"order_{i}")].float() for i, part in enumerate(said)]
         if len(logits) == 1:
-            return Outputs(logits[0], {name: feature.float() for name, feature in said[0].features.items()})
+            return Outputs(logits[0], {name: _float(feature) for name, feature in said[0].features.items()})
         if self.mean == "logits":
             return Outputs(torch.stack(logits).mean(0))
         log_probabilities = torch.stack(logits).log_softmax(-1)
@@ -62,6 +72,11 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K)."""
         return self.outputs(images).logits
+
+
+def _float(feature: Tensor) -> Tensor:
+    """In float32, and made anew."""
+    return feature.clone() if feature.dtype == torch.float32 else feature.float()
 
 
 def load_teacher(names: str | list[str], classes: Sequence[str], mean: str, device: torch.device) -> Teacher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import inspect
@@ -19,6 +20,7 @@ from kd.errors import UserError, unknown
 from kd.models import torchvision_nets
 from kd.models.cifar import CIFAR_NETS
 from kd.models.dropout import use_keyed_dropout
+from kd.models.fold import folded
 from kd.models.frozen import freeze, freeze_all_but, state_hash
 from kd.models.preprocess import Preprocess, View
 from kd.models.reused_head import ReusedHead, reuse_head
@@ -129,6 +131,13 @@ class Classifier(nn.Module):
         twin = Classifier(network, self.preprocess.view, self.classes, self.recipe)
         twin.head = self.head
         return twin
+
+    def folded(self) -> Classifier:
+        """The same classifier in eval mode, for one that is frozen: see `kd.models.fold`. It has the taps there are by
+        now, and shares them."""
+        twin = copy.copy(self)
+        twin._modules = {**self._modules, "network": folded(self.network)}
+        return twin.eval()
 
     def files(self) -> dict[str, bytes]:
         """The content of `model.safetensors` and `config.json`, from which `load_classifier` makes it again."""
