@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     from kd.distiller import Distiller
     from kd.fit import fit
     from kd.precompute import precompute_teacher
-    from kd.setup import announce, build_student, choose_batch_norm, make_accelerator, open_run
+    from kd.setup import announce, build_student, choose_batch_norm, compile_step, make_accelerator, open_run
     from kd.teachers import load_teacher
 
     accelerator = make_accelerator(config)
@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         distiller = Distiller(student, config.losses, teacher, data.image_shape, data.train_labels, config.seed)
         announce(distiller, data, config, accelerator)
         choose_batch_norm(distiller, config, accelerator)
+        compile_step(distiller, config, accelerator)
         teacher = precompute_teacher(teacher, distiller.teacher_taps, data, config, accelerator, run)
         fitted = fit(distiller, teacher, data, config, accelerator, run)
         return conclude(fitted, data, config, accelerator, run)

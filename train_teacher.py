@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     from kd.distiller import Distiller
     from kd.fit import fit
     from kd.precompute import precompute_backbone
-    from kd.setup import announce, build_trained, choose_batch_norm, make_accelerator, open_run
+    from kd.setup import announce, build_trained, choose_batch_norm, compile_step, make_accelerator, open_run
 
     comparing = [type(loss).__name__ for loss in config.losses if loss.needs_teacher]
     if comparing:
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         distiller = Distiller(network, config.losses)
         announce(distiller, data, config, accelerator)
         choose_batch_norm(distiller, config, accelerator)
+        compile_step(distiller, config, accelerator)
         images = precompute_backbone(network, data, config, accelerator, run)
         fitted = fit(distiller, None, images, config, accelerator, run)
         return conclude(fitted, data, config, accelerator, run)

@@ -217,6 +217,9 @@ class TrainConfig:
     """batch norm over the images of all processes (GPUs only); false: each over its own, the first's are kept"""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto is what `accelerate launch` was told, else bf16 on a GPU that has it, else no"""
+    compile: Literal["auto"] | bool = "auto"
+    """compile student and losses into one step, which changes rounding; auto does not: CPUs were no faster for it, GPUs
+    were not measured (docs/step.md)"""
     log_every: int = 50
     """steps between two lines of metrics.jsonl"""
     checkpoint_every: int | None = None

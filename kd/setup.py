@@ -15,6 +15,7 @@ from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._triton import has_triton
 
 from kd.data import Data, Views
 from kd.distiller import Distiller
@@ -215,6 +216,38 @@ def choose_batch_norm(distiller: Distiller, config, accelerator: Accelerator) ->
         say(f"batch norm: synchronised, over the {world} processes' {at_a_time}")
     else:
         say(f"batch norm: local, over each process's own {at_a_time} (--sync_batch_norm true on GPUs)")
+
+
+def compile_step(distiller: Distiller, config, accelerator: Accelerator, backend="inductor") -> None:
+    """Compile the student and the losses as one, where `config.compile` says so; evaluation uses the student as it is.
+
+    Every size of batch has a graph of its own. Had it one for all sizes, which graph a step uses would depend on the
+    steps before it, and a run that was resumed would round otherwise than one that was not.
+
+    Raises:
+        UserError: there is no compiler here, or the weights are shared out.
+    """
+    if config.compile is not True:
+        return
+    remedy = "install one, or set compile to false"
+    if accelerator.is_fsdp2:
+        raise UserError("compile true does not work with FSDP2; set it to false, or use DistributedDataParallel")
+    if accelerator.device.type == "cpu":
+        from torch._inductor import cpp_builder, exc
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler:
+            raise UserError(
+                f"compile true needs a C++ compiler and finds none ($CXX, g++, clang++); {remedy}"
+            ) from None
+    elif not has_triton():
+        raise UserError(f"compile true needs Triton for {accelerator.device.type} and finds none; {remedy}")
+    torch._inductor.config.deterministic = config.deterministic
+    torch._dynamo.config.recompile_limit = 64  # sizes of batch by branches of losses that look at the epoch
+    torch.compiler.config.dynamic_sources = r".*\.epoch"
+    distiller.compile(backend=backend, dynamic=False)
+    say("compiled: student and losses; the first step of each size of batch waits for it")
 
 
 @torch.no_grad()
