@@ -195,7 +195,7 @@ class TrainConfig:
     seed: int = 0
     """of first weights, order, views and dropout"""
     output_dir: str = ""
-    """the run folder"""
+    """the run folder; $NAME in it is the environment's"""
     select: Literal["last", "best"] = "last"
     """which weights become model.safetensors: the last epoch's, or the best on validation"""
     report_to: Literal["auto", "wandb", "tensorboard", "trackio", "none"] = "auto"
@@ -277,7 +277,7 @@ class TeacherConfig(TrainConfig):
     vgg8, vgg13_cifar, mobilenet_v2_half, shufflenet_v1, shufflenet_v2_cifar; any torchvision classifier; or an import
     path"""
     output_dir: str = "runs/teacher"
-    """the run folder"""
+    """the run folder; $NAME in it is the environment's"""
 
 
 @dataclass
@@ -298,7 +298,7 @@ class DistillConfig(TrainConfig):
     reuse_tap: str | None = None
     """with reuse_head: the module that gives the student's last feature map; null where it is known, as in ResNets"""
     output_dir: str = "runs/student"
-    """the run folder"""
+    """the run folder; $NAME in it is the environment's"""
 
     def __post_init__(self):
         super().__post_init__()

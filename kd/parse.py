@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import inspect
 import itertools
+import json
 import os
 import re
 import sys
@@ -51,10 +52,16 @@ def parse(config_class, argv: list[str] | None, positional: str | None = None):
         parser.add_argument("--config", action="config", help="YAML recipe; flags win over it")
     parser.add_class_arguments(config_class, nested_key=None)
     argv = _replace_losses(_recipes_first(sys.argv[1:] if argv is None else list(argv)))
+    argv, changes = _take_changes(argv)
     if config_class in DEFAULT_LOSSES and not _gives_losses(argv):
         parser.set_defaults({"losses": DEFAULT_LOSSES[config_class]})
     try:
         namespace = parser.parse_args(argv)
+        if "output_dir" in namespace:
+            namespace.output_dir = _expand("output_dir", namespace.output_dir)
+        if changes:
+            _change_losses(namespace.losses, changes)
+            parser.validate(namespace)
         values = parser.instantiate(namespace)
         chosen = {key: values[key] for key in [f.name for f in dataclasses.fields(config_class)]}
         config = config_class(**chosen)
@@ -87,6 +94,45 @@ def _replace_losses(argv: list[str]) -> list[str]:
     weight would stay in a list that does not mention it.
     """
     return [part for word in argv for part in (["--losses=[]", word] if word.split("=")[0] == "--losses" else [word])]
+
+
+def _take_changes(argv: list[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
+    """Take `--losses.KL.temperature 8` out of the arguments: what is left, and (loss, argument, value) of each."""
+    left, changes, words = [], [], iter(argv)
+    for word in words:
+        flag, given, value = word.partition("=")
+        match = re.fullmatch(r"--losses\.(\w+)\.(\w+)", flag)
+        if not match or match[1] in ("help", "init_args", "dict_kwargs"):  # jsonargparse's own, of the list's last loss
+            left.append(word)
+            continue
+        value = value if given else next(words, None)
+        if value is None:
+            raise UserError(f"{flag} has no value")
+        changes.append((match[1], match[2], value))
+    return left, changes
+
+
+def _change_losses(losses: list, changes: list[tuple[str, str, str]]) -> None:
+    """Set arguments of those losses of a parsed list that have a name; of several with one name, of all."""
+    names = [loss.class_path.rpartition(".")[2] for loss in losses]
+    for name, argument, value in changes:
+        if name not in names:
+            raise unknown("loss in --losses." + name + "." + argument, name, names, "these are the objective's")
+        for loss in (loss for loss, its in zip(losses, names, strict=True) if its == name):
+            if argument not in (known := _arguments_of(loss.class_path)):
+                raise unknown(f"argument of {name}", argument, list(known), "see --losses.help " + name)
+            try:
+                loss.init_args[argument] = json.loads(value)  # knows 1e-05, which YAML 1.1 takes for a word
+            except ValueError:
+                loss.init_args[argument] = yaml.safe_load(value)
+
+
+def _expand(name: str, path: str) -> str:
+    """A path with the environment's `$NAME` in it replaced, such as a sweep's `runs/sweeps/digits/$WANDB_RUN_ID`."""
+    expanded = os.path.expandvars(path)
+    if left := re.search(r"\$(\w+|{\w+})", expanded):
+        raise UserError(f"{name} {path!r}: {left[0]} is not set in the environment")
+    return expanded
 
 
 def _gives_losses(argv: list[str]) -> bool:
