@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -71,3 +73,10 @@ def _git(*arguments: str) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def end_with_parent() -> None:
+    """Let this process have SIGTERM when the one that started it dies, whatever of. Linux only."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # name of sys/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import signal
-import sys
 import warnings
 from datetime import timedelta
 
@@ -20,6 +18,7 @@ from torch.utils._triton import has_triton
 from kd.data import Data, Views
 from kd.distiller import Distiller
 from kd.errors import UserError, say
+from kd.machine import end_with_parent
 from kd.models import Classifier, View, build_classifier, load_classifier, reuse_head
 from kd.run_folder import Run
 from kd.teachers import Teacher
@@ -93,9 +92,8 @@ def stop_with_launcher() -> None:
     Launchers pass on SIGTERM and SIGINT at most; killed by anything else they leave the processes behind, training on
     without a terminal. Linux only.
     """
-    if sys.platform == "linux" and _launched():
-        pr_set_pdeathsig = 1  # name of sys/prctl.h
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if _launched():
+        end_with_parent()
 
 
 def set_threads(asked: int | None = None) -> None:

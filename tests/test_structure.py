@@ -29,7 +29,7 @@ ROOMS = (
     ("records",),
     ("evaluation",),
     ("tables", "plots"),
-    ("report", "export"),
+    ("report", "export", "sweep", "workspace"),
 )
 KNOWS_PROCESSES = {"fit", "track", "setup", "conclude", "parallel"}
 
