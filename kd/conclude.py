@@ -40,6 +40,7 @@ def conclude(fitted: Fitted, data: Data, config, accelerator, run: Run) -> int:
         results[name] = {
             "test_accuracy": metrics.accuracy(logits_of[name], labels),
             "test_nll": metrics.negative_log_likelihood(logits_of[name], labels),
+            "test_ece": metrics.calibration_error(logits_of[name], labels),
         }
         if data.val is not None:
             results[name]["val_accuracy"] = metrics.accuracy(
@@ -55,6 +56,7 @@ def conclude(fitted: Fitted, data: Data, config, accelerator, run: Run) -> int:
         "test_accuracy": chosen["test_accuracy"],
         "val_accuracy": chosen.get("val_accuracy"),
         "test_nll": chosen["test_nll"],
+        "test_ece": chosen["test_ece"],
         "select": config.select,
         **results,
         "num_params": cost.num_params(student.network),

@@ -18,7 +18,7 @@ from kd.track.tensorboard_run import TensorBoardRun
 from kd.track.trackio_run import TrackioRun
 from kd.track.wandb_run import WandbRun, has_key
 
-__all__ = ["Job", "Outcome", "Tracker", "choose_tracker", "hardest", "tracker_arguments"]
+__all__ = ["Job", "Outcome", "Tracker", "choose_tracker", "hardest", "has_key", "tracker_arguments"]
 
 TRACKERS = {"wandb": WandbRun, "tensorboard": TensorBoardRun, "trackio": TrackioRun}
 
