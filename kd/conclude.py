@@ -25,7 +25,7 @@ def conclude(fitted: Fitted, data: Data, config, accelerator, run: Run) -> int:
     """
     student, progress = fitted.student, fitted.progress
     if fitted.signal:
-        fitted.tracker.finish()
+        fitted.tracker.finish(signal=fitted.signal)
         accelerator.wait_for_everyone()  # the launcher ends all when one ends, and the first one may still write
         name = signal.Signals(fitted.signal).name
         say(f"stopped by {name} after step {progress.step}; the same command goes on from there")

@@ -260,12 +260,20 @@ def no_network() -> None:
 
 
 @pytest.mark.slow
-def test_wandb_is_one_run_of_two_processes_and_asks_nothing(tmp_path, wandb_home):
+def test_wandb_is_one_run_of_two_processes_also_of_a_sweeps_trial_that_is_preempted(tmp_path, wandb_home):
     command = (*SMALL, "--output_dir", tmp_path / "run", "--report_to", "wandb", "--checkpoint_every", 2)
-    stopped = children.run_several("train_teacher", command, 2, ("kd.meter.Meter.add:SIGTERM", 3), wandb_home)
+    sweep = {**wandb_home, "WANDB_SWEEP_ID": "sweep", "WANDB_RUN_ID": "trial"}
+    stopped = children.run_several("train_teacher", command, 2, ("kd.meter.Meter.add:SIGTERM", 3), sweep)
     assert stopped == [143, 143]
-    assert children.run_several("train_teacher", command, 2, environment=wandb_home) == [0, 0]
+    records = wandb_records(tmp_path / "run")
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [143]
+    assert any(record.HasField("preempting") for record in records)  # the sweep's server hands the trial out again
+    assert children.run_several("train_teacher", command, 2, environment=sweep) == [0, 0]
     identity = json.loads((tmp_path / "run/tracker.json").read_text())["wandb_id"]
+    assert identity == "trial"
+    records = wandb_records(tmp_path / "run")
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
+    assert not any(record.HasField("preempting") for record in records)
     (folder,) = (tmp_path / "run/wandb").glob("offline-run-*")
     assert folder.name.endswith(identity)
     written = wandb_scalars(wandb_records(tmp_path / "run"))

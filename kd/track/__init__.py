@@ -93,8 +93,12 @@ class Tracker:
             self._accelerator.log(values, step=row["step"], log_kwargs=self._run.log_arguments)
             self._run.logged(values)
 
-    def finish(self, summary: dict | None = None, outcome: Outcome | None = None) -> None:
-        """Close the record; with a summary, its numbers become the tracker run's, and so does what `outcome` shows."""
+    def finish(self, summary: dict | None = None, outcome: Outcome | None = None, signal: int = 0) -> None:
+        """Close the record; with a summary, its numbers become the tracker run's, and so does what `outcome` shows.
+
+        Args:
+            signal: of the signal that stopped the run before its end, the number.
+        """
         if self._file is None:
             return
         self._file.close()
@@ -102,7 +106,7 @@ class Tracker:
         if self._run is not None:
             if summary is not None:
                 self._run.conclude(summary, outcome, self._step)
-            self._run.finish(self._accelerator)
+            self._run.finish(self._accelerator, signal)
 
 
 def _identity(note: Path, name: str) -> tuple[str, bool]:

@@ -51,8 +51,8 @@ class TrackerRun:
         """Add the results at the last step, and with an outcome the pictures."""
         raise NotImplementedError
 
-    def finish(self, accelerator) -> None:
-        """Close it."""
+    def finish(self, accelerator, signal: int) -> None:
+        """Close it, after a run that has ended (0) or that a signal has stopped, to be gone on with."""
         for tracker in accelerator.trackers:
             tracker.finish()
 

@@ -57,9 +57,9 @@ class TensorBoardRun(TrackerRun):
                 table.append("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values) + " |")
             self._writer.add_text("test/hardest", "\n".join(table), step)
 
-    def finish(self, accelerator) -> None:
+    def finish(self, accelerator, signal: int) -> None:
         """Close all writers."""
-        super().finish(accelerator)
+        super().finish(accelerator, signal)
         for writer in self._others.values():
             writer.close()
 

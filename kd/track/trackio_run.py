@@ -46,7 +46,7 @@ class TrackioRun(TrackerRun):
             table = trackio.Table(columns=list(outcome.hardest[0]), data=rows)
             self._run.log({"test/hardest": table, "test/confusion": trackio.Image(outcome.confusion_picture())}, step)
 
-    def finish(self, accelerator) -> None:
+    def finish(self, accelerator, signal: int) -> None:
         """Close it, and forget it, or it would be closed once more at exit."""
         import trackio
 

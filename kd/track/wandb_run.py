@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from signal import SIGTERM, SIGUSR1
 from urllib.parse import urlparse
 
 from accelerate import Accelerator
@@ -107,6 +108,15 @@ class WandbRun(TrackerRun):
         if outcome is not None:
             shown = {key: summary[key] for key in ("test_accuracy", "val_accuracy", "num_params", "multiply_adds")}
             self._run.log_artifact(network_artifact(self.job.folder, shown))
+
+    def finish(self, accelerator, signal: int) -> None:
+        """Close it; a run that was stopped is not shown as finished, and a sweep gives it to its next agent.
+
+        Not after Ctrl-C, which is how both a user and the server end a trial for good.
+        """
+        if signal in (SIGTERM, SIGUSR1) and "WANDB_SWEEP_ID" in os.environ:
+            self._run.mark_preempting()
+        self._run.finish(exit_code=128 + signal if signal else 0)
 
     def _show(self, outcome: Outcome, step: int) -> None:
         import wandb
