@@ -270,8 +270,10 @@ def test_wandb_is_one_run_of_two_processes_also_of_a_sweeps_trial_that_is_preemp
     assert any(record.HasField("preempting") for record in records)  # the sweep's server hands the trial out again
     assert children.run_several("train_teacher", command, 2, environment=sweep) == [0, 0]
     identity = json.loads((tmp_path / "run/tracker.json").read_text())["wandb_id"]
-    assert identity == "trial"
     records = wandb_records(tmp_path / "run")
+    runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert {(run.run_id, run.sweep_id) for run in runs} == {("trial", "sweep")}
+    assert identity == "trial"
     assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
     assert not any(record.HasField("preempting") for record in records)
     (folder,) = (tmp_path / "run/wandb").glob("offline-run-*")
