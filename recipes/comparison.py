@@ -31,7 +31,8 @@ resnet20     resnet8             -       -       -     -     -     -     -     -
 """
 
 # The side in pixels of each stage's map, for images of 32 pixels. Features are compared where both networks have a map
-# of that side.
+# of that side; the published comparison counts stages instead, and pools where sides differ. For the ResNets and WRNs
+# that is the same.
 STAGES = {
     "resnet": {32: "stage1", 16: "stage2", 8: "stage3"},
     "wrn": {32: "stage1", 16: "stage2", 8: "stage3"},
@@ -50,17 +51,24 @@ DKD_BETA = {  # 8 for all other pairs (https://arxiv.org/abs/2203.08679, the pub
     ("vgg13_cifar", "mobilenet_v2_half"): 6.0,
 }
 
-CE = ("CrossEntropy", {})
+# 5 for all other pairs (https://arxiv.org/abs/2104.09044, the published script)
+REVIEW_WEIGHT = {
+    ("resnet56", "resnet20"): 0.6,
+    ("resnet110", "resnet32"): 1.0,
+    ("resnet32x4", "shufflenet_v2_cifar"): 8.0,
+}
+
+CE, LITTLE_CE = ("CrossEntropy", {}), ("CrossEntropy", {"weight": 0.1})
 # Method: which features it compares, and its terms; arguments that are not named here have the paper's defaults.
 METHODS = {
-    "kd": (None, [("KL", {"temperature": 4.0, "weight": 0.9}), ("CrossEntropy", {"weight": 0.1})]),
-    "kd_standardized": (None, [("KL", {"temperature": 2.0, "standardize": True, "weight": 9.0}), CE]),
+    "kd": (None, [("KL", {"temperature": 4.0, "weight": 0.9}), LITTLE_CE]),
+    "kd_standardized": (None, [("KL", {"temperature": 2.0, "standardize": True, "weight": 9.0}), LITTLE_CE]),
     "dkd": (None, [("DKD", {}), CE]),
     "dist": (None, [("DIST", {}), CE]),
     "nkd": (None, [("NKD", {}), CE]),
-    "mlkd": (None, [("MLKD", {}), CE]),
-    "ctkd": (None, [("CTKD", {"weight": 0.9}), ("CrossEntropy", {"weight": 0.1})]),
-    "fitnet": ("middle", [("FitNet", {"weight": 100.0}), CE]),
+    "mlkd": (None, [("MLKD", {}), LITTLE_CE]),
+    "ctkd": (None, [("CTKD", {}), LITTLE_CE]),
+    "fitnet": ("middle", [("FitNet", {}), CE]),
     "at": ("stages", [("AT", {}), CE]),
     "nst": ("stages", [("NST", {}), CE]),
     "fsp": ("stages", [("FSP", {}), CE]),
@@ -159,6 +167,7 @@ def write(data: str, folder: Path, epochs: int = 240) -> list[Path]:
             for name, arguments in terms:
                 given = taps(kind, teacher, student) if kind and name != "CrossEntropy" else {}
                 given |= {"beta": DKD_BETA.get((teacher, student), 8.0)} if name == "DKD" else {}
+                given |= {"weight": REVIEW_WEIGHT.get((teacher, student), 5.0)} if name == "ReviewKD" else {}
                 given |= shorter if name in ("DKD", "ReviewKD") else {}
                 losses.append(
                     {"class_path": name, "init_args": {**given, **arguments}}

@@ -52,6 +52,46 @@ def test_the_recipes_are_those_of_the_table(written):
     assert yaml.safe_load(mobile.read_text())["optimizer"]["lr"] == 0.01
 
 
+# What the published comparison gives each term, in order, for resnet56 to resnet20.
+WEIGHTS = {
+    **{"kd": [0.9, 0.1], "kd_standardized": [9, 0.1], "ctkd": [0.9, 0.1], "mlkd": [0.9, 0.1], "dkd": [1, 1]},
+    **{"fitnet": [100, 1], "at": [1000, 1], "sp": [3000, 1], "cc": [0.02, 1], "vid": [1, 1], "rkd": [1, 1]},
+    **{"pkt": [3e4, 1], "ab": [1, 1], "ft": [200, 1], "fsp": [50, 1], "nst": [50, 1], "crd": [0.8, 1]},
+    **{"ofd": [1e-3, 1], "reviewkd": [0.6, 1], "ickd": [2.5, 1]},
+}
+SETTINGS = {
+    "kd": {"temperature": 4},
+    "kd_standardized": {"temperature": 2, "standardize": True},
+    "dkd": {"alpha": 1, "beta": 2, "temperature": 4, "warmup_epochs": 20},
+    "dist": {"beta": 2, "gamma": 2, "temperature": 4},
+    "rkd": {"distance_weight": 25, "angle_weight": 50},
+    "crd": {"negatives": 16384, "temperature": 0.07, "momentum": 0.5, "dimensions": 128},
+    "reviewkd": {"warmup_epochs": 20},
+}
+
+
+@pytest.mark.parametrize("method", WEIGHTS | SETTINGS)
+def test_weights_and_settings_are_the_published_ones(written, method):
+    path = next(path for path in written if path.parts[-2:] == ("resnet56_resnet20", f"{method}.yaml"))
+    losses = parse(DistillConfig, ["--config", str(path)]).losses
+    assert [loss.weight for loss in losses] == WEIGHTS.get(method, [1, 1])
+    assert {name: getattr(losses[0], name) for name in SETTINGS.get(method, {})} == SETTINGS.get(method, {})
+
+
+def test_weights_that_differ_by_the_pair(written):
+    found = {}
+    for path in written:
+        if path.stem in ("dkd", "reviewkd"):
+            arguments = yaml.safe_load(path.read_text())["losses"][0]["init_args"]
+            found[path.parent.name, path.stem] = arguments.get("beta", arguments.get("weight"))
+    assert found["resnet110_resnet32", "dkd"] == 2
+    assert found["wrn_40_2_wrn_16_2", "dkd"] == found["vgg13_cifar_mobilenet_v2_half", "dkd"] == 6
+    assert found["resnet32x4_resnet8x4", "dkd"] == found["resnet32x4_shufflenet_v2_cifar", "dkd"] == 8
+    assert found["resnet110_resnet32", "reviewkd"] == 1
+    assert found["resnet32x4_shufflenet_v2_cifar", "reviewkd"] == 8
+    assert found["resnet32x4_resnet8x4", "reviewkd"] == 5
+
+
 @pytest.mark.parametrize("method", comparison.METHODS)
 def test_a_recipe_of_every_method_is_accepted(written, method):
     path = next(path for path in written if path.parts[-2:] == ("resnet56_resnet20", f"{method}.yaml"))

@@ -276,12 +276,25 @@ def test_cosine_distance_equals_loops_and_pools_the_teacher():
 
 
 def test_fitnet_learns_a_convolution_from_student_to_teacher():
-    loss = FitNet("a", "b", kernel_size=3)
-    loss.setup(Setting({"a": (16, 8, 8)}, {"b": (32, 8, 8)}))
-    assert loss.regressor.weight.shape == (32, 16, 3, 3)
-    one, other = torch.randn(2, 16, 8, 8), torch.randn(2, 32, 8, 8)
-    expected = (loss.regressor(one) - other).square().mean()
-    assert loss(Outputs(one, {"a": one}), Outputs(other, {"b": other}), None).item() == pytest.approx(expected.item())
+    torch.manual_seed(0)
+    one, other = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 2, 4, 4).double()
+    for batch_norm in (False, True):
+        loss = FitNet("a", "b", kernel_size=3, batch_norm=batch_norm)
+        loss.setup(Setting({"a": (3, 4, 4)}, {"b": (2, 4, 4)}))
+        loss.double()
+        weight, bias = loss.regressor[0].weight.detach(), loss.regressor[0].bias.detach()
+        assert weight.shape == (2, 3, 3, 3)
+        maps = torch.nn.functional.conv2d(one, weight, bias, padding=1).tolist()
+        total = 0.0
+        for channel in range(2):
+            values = [[v for row in image[channel] for v in row] for image in maps]
+            mean = math.fsum(v for image in values for v in image) / 32
+            scale = math.sqrt(math.fsum((v - mean) ** 2 for image in values for v in image) / 32 + 1e-5)
+            for image, target in zip(values, other[:, channel].flatten(1).tolist(), strict=True):
+                for v, t in zip(image, target, strict=True):
+                    total += ((max(0.0, (v - mean) / scale) if batch_norm else v) - t) ** 2
+        value = loss(Outputs(one, {"a": one}), Outputs(other, {"b": other}), None)
+        assert value.item() == pytest.approx(total / 64, rel=1e-12)
 
 
 def test_soft_losses_equal_loops():

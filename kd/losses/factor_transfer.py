@@ -38,7 +38,8 @@ class FT(FeatureLoss):
     Differs from the paper: the paraphraser is trained at the same time, by the squared error of its reconstruction of
     the teacher's map, not in a stage before; the translator approaches the factor of the moment, through which no
     gradient flows. As in the authors' code, the mean over a factor's elements instead of their sum and no batch norm in
-    either network. Their weight on CIFAR-10 is 500; the default is the usual comparison's.
+    either network. Their weight on CIFAR-10 is 500; the default is the usual comparison's, whose code squares a factor
+    and averages it over its channels before it is scaled to unit length.
 
     Args:
         student_tap, teacher_tap: dotted module names of maps (C, H, W).
