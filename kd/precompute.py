@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from kd.data import Data, Split, Views, default_cache_dir
 from kd.data.store import Store
+from kd.device import to_device
 from kd.errors import say
 from kd.fixed_table import fixed_table
 from kd.models import Classifier, state_hash
@@ -64,7 +65,9 @@ class TableTeacher:
         """What the teacher said about a batch's images."""
         places = batch.index.cpu() if batch.lookup is None else batch.lookup[:, 0]  # a GPU is not waited for
         rows = self._place_to_row[places.numpy()]
-        values = {name: torch.from_numpy(table[rows]).to(batch.index.device) for name, table in self._rows.items()}
+        values = {
+            name: to_device(torch.from_numpy(table[rows]), batch.index.device) for name, table in self._rows.items()
+        }
         return Outputs(values.pop("logits"), values)
 
 

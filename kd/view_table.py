@@ -25,6 +25,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from kd.device import to_device
 from kd.errors import say
 
 FORMAT = 1
@@ -75,14 +76,16 @@ class ViewTable:
         records = self._rows[rows]
         missing = np.flatnonzero(records["mark"] != _marks(records, rows))
         if len(missing):
-            said = ask(images if len(missing) == len(rows) else images[torch.from_numpy(missing).to(images.device)])
+            said = ask(
+                images if len(missing) == len(rows) else images[to_device(torch.from_numpy(missing), images.device)]
+            )
             exact = {name: value.float().cpu().numpy() for name, value in said.items()}
             fits = self._keep(records, rows, missing, exact)
         values = {name: records[name].astype(np.float32) for name in self._names}
         if len(missing) and not fits.all():
             for name in self._names:
                 values[name][missing[~fits]] = exact[name][~fits]
-        return {name: torch.from_numpy(value).to(images.device, non_blocking=True) for name, value in values.items()}
+        return {name: to_device(torch.from_numpy(value), images.device) for name, value in values.items()}
 
     def _keep(self, records, rows, missing, exact: dict[str, np.ndarray]) -> np.ndarray:
         """Put values into these records and into the table; returns which of them float16 can hold."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd import keyed
+from kd.device import to_device
 
 
 def shifts(keys: Tensor, flip: bool, pad_crop: int) -> Tensor:
@@ -32,7 +33,7 @@ def augment(images: Tensor, keys: Tensor, flip: bool, pad_crop: int) -> Tensor:
     if not flip and not pad_crop:
         return images
     count, _, height, width = images.shape
-    drawn = shifts(keys, flip, pad_crop).to(images.device)
+    drawn = to_device(shifts(keys, flip, pad_crop), images.device)
     rows = torch.arange(height, device=images.device).expand(count, -1)
     columns = torch.arange(width, device=images.device).expand(count, -1)
     if flip:

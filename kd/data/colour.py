@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kd.data.crop import draws
+from kd.device import to_device
 
 JITTER = 18  # what a key is for
 ONE = 1 << 16
@@ -17,7 +18,7 @@ ONE = 1 << 16
 
 def fixed(factors: Tensor, images: Tensor) -> Tensor:
     """Factors (B,) as int32 (B, 1, 1, 1) with 16 bits behind the point, on the images' device."""
-    return (factors.double() * ONE).round().int().view(-1, 1, 1, 1).to(images.device)
+    return to_device((factors.double() * ONE).round().int().view(-1, 1, 1, 1), images.device)
 
 
 def blend(images: Tensor, other: Tensor | int, factors: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def hue(images: Tensor, shifts: Tensor) -> Tensor:
     up, down = low + rise, high - rise
     # which of (high, up, low, down) red, green and blue are in each of the six sectors
     levels = torch.stack([high, up, low, down], dim=1)
-    table = torch.tensor([[0, 3, 2, 2, 1, 0], [1, 0, 0, 3, 2, 2], [2, 2, 1, 0, 0, 3]], device=images.device)
+    table = to_device(torch.tensor([[0, 3, 2, 2, 1, 0], [1, 0, 0, 3, 2, 2], [2, 2, 1, 0, 0, 3]]), images.device)
     return levels.gather(1, table[:, sector.long()].transpose(0, 1)).to(torch.uint8)
 
 
@@ -121,6 +122,6 @@ def by_group(images: Tensor, which: Tensor, operations, factors: Tensor) -> Tens
     for number, operation in enumerate(operations):
         some = (which == number).nonzero()[:, 0]
         if len(some):
-            there = some.to(images.device)
+            there = to_device(some, images.device)
             result[there] = operation(images[there], factors[some, number])
     return result

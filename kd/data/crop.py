@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kd import keyed
+from kd.device import to_device
 
 CROP, ERASE = 16, 17  # what a key is for
 TRIES = 10
@@ -70,7 +71,7 @@ def resized_crop(images: Tensor, rectangles: Tensor) -> Tensor:
     Pixel centres are at halves and beyond the rectangle's edge its last pixel counts, as in `F.interpolate` and PIL; an
     enlargement needs no antialiasing. Weights are multiples of 1/2048.
     """
-    top, left, height, width = rectangles.to(images.device).T
+    top, left, height, width = to_device(rectangles, images.device).T
     rows = _between(images, 2, top, height)
     return ((_between(rows, 3, left, width) + (1 << 21)) >> 22).to(torch.uint8)
 
@@ -109,5 +110,5 @@ def inside(rectangles: Tensor, size: tuple[int, int]) -> Tensor:
 def erase(images: Tensor, rectangles: Tensor, colour: tuple[int, ...]) -> Tensor:
     """Each image with its rectangle in one colour (C numbers from 0 to 255)."""
     fill = torch.tensor(colour, dtype=torch.uint8).view(1, -1, 1, 1)
-    where = inside(rectangles, images.shape[2:])
-    return torch.where(where.to(images.device), fill.to(images.device), images)
+    where = inside(to_device(rectangles, images.device), images.shape[2:])
+    return torch.where(where, to_device(fill, images.device), images)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kd import keyed
 from kd.data.crop import draws, inside
+from kd.device import to_device
 
 MIX, PARTNER = 20, 21  # what a key is for
 
@@ -57,15 +58,15 @@ def _beta(uniform: Tensor, alpha: float) -> Tensor:
 
 def mix(images: Tensor, others: Tensor, shares: Tensor, rectangles: Tensor) -> Tensor:
     """Images and others uint8 (B, C, H, W), mixed by shares where the rectangle is empty, else put together."""
-    share = (shares * 65536).round().int().view(-1, 1, 1, 1).to(images.device)
+    share = to_device((shares * 65536).round().int().view(-1, 1, 1, 1), images.device)
     blended = ((images.int() * share + others.int() * (65536 - share) + 32768) >> 16).to(torch.uint8)
-    cut = (rectangles[:, 2] > 0).view(-1, 1, 1, 1).to(images.device)
-    where = inside(rectangles.to(images.device), images.shape[2:])
+    cut = to_device((rectangles[:, 2] > 0).view(-1, 1, 1, 1), images.device)
+    where = inside(to_device(rectangles, images.device), images.shape[2:])
     return torch.where(cut, torch.where(where, others, images), blended)
 
 
 def mixed_labels(labels: Tensor, others: Tensor, shares: Tensor, num_classes: int) -> Tensor:
     """The shares of the classes in each mixed image, float32 (B, K)."""
     one, other = (F.one_hot(part, num_classes).double() for part in (labels, others))
-    shares = shares[:, None].to(labels.device)
+    shares = to_device(shares[:, None], labels.device)
     return (shares * one + (1 - shares) * other).float()

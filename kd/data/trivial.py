@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kd.data.colour import brightness, by_group, contrast, saturation, sharpness
 from kd.data.crop import draws
+from kd.device import to_device
 
 TRIVIAL = 19  # what a key is for
 BINS = 31
@@ -27,7 +28,7 @@ def affine(images: Tensor, matrices: Tensor) -> Tensor:
     count, channels, height, width = images.shape
     a, b, c, d, e, f = matrices.T
     steps = torch.stack([a, b, c + (a + b) / 2, d, e, f + (d + e) / 2], dim=1)
-    a, b, c, d, e, f = (steps * 65536 + 0.5).floor().long().to(images.device).T[:, :, None, None]
+    a, b, c, d, e, f = to_device((steps * 65536 + 0.5).floor().long(), images.device).T[:, :, None, None]
     x, y = torch.arange(width, device=images.device), torch.arange(height, device=images.device)[:, None]
     column, row = (a * x + b * y + c) >> 16, (d * x + e * y + f) >> 16  # (B, H, W)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
@@ -77,12 +78,12 @@ def look_up(images: Tensor, tables: Tensor) -> Tensor:
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
     """The upper `bits` (B,) bits of each value."""
     mask = (256 - (1 << (8 - bits.long()))).to(torch.uint8)
-    return images & mask.view(-1, 1, 1, 1).to(images.device)
+    return images & to_device(mask.view(-1, 1, 1, 1), images.device)
 
 
 def solarize(images: Tensor, thresholds: Tensor) -> Tensor:
     """Values from the threshold (B,) on turned into their negative."""
-    limit = thresholds.ceil().int().view(-1, 1, 1, 1).to(images.device)
+    limit = to_device(thresholds.ceil().int().view(-1, 1, 1, 1), images.device)
     return torch.where(images < limit, images, 255 - images)
 
 
@@ -100,7 +101,9 @@ def equalize(images: Tensor, _amounts: Tensor) -> Tensor:
     count, channels = images.shape[:2]
     flat = images.flatten(2).long()
     offset = 256 * torch.arange(count * channels, device=images.device).view(count, channels, 1)
-    histogram = torch.bincount((flat + offset).flatten(), minlength=count * channels * 256).view(count, channels, 256)
+    places = (flat + offset).flatten()
+    counts = torch.zeros(count * channels * 256, dtype=torch.long, device=images.device)  # bincount waits for a GPU
+    histogram = counts.scatter_add_(0, places, torch.ones_like(places)).view(count, channels, 256)
     last = histogram.gather(2, flat.amax(2, keepdim=True))
     step = (histogram.sum(2, keepdim=True) - last).div(255, rounding_mode="floor")
     before = histogram.cumsum(2) - histogram
