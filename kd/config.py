@@ -23,6 +23,9 @@ FREE_FIELDS = (
     "peer_timeout",
     "data.cache_dir",
     "data.download_dir",
+    "data.store",
+    "data.num_workers",
+    "data.device_share",
 )
 
 
@@ -83,6 +86,14 @@ class DataConfig:
     """column of images in Parquet and Hub data; found by its type if it is the only one"""
     label_column: str | None = None
     """column of labels, likewise"""
+    store: Literal["auto", "disk", "stream"] = "auto"
+    """disk decodes all images once and keeps them there; stream decodes them at each step, ahead of it; auto streams if
+    the decoded images would take more than half of the free disk"""
+    num_workers: int | None = None
+    """processes that decode what is streamed, for each training process; 0 for none beside it; null for its share of
+    the cores"""
+    device_share: float = 0.4
+    """on a GPU, images are kept in its memory if they take at most this share of what is free there; 0 for never"""
     cache_dir: str | None = None
     """where decoded images are kept; default $KD_CACHE or ~/.cache/kd"""
     download_dir: str | None = None
@@ -99,6 +110,10 @@ class DataConfig:
         _require(self.batch_size >= 1, f"data.batch_size {self.batch_size} must be 1 or more")
         _require(0 <= self.val_fraction < 1, f"data.val_fraction {self.val_fraction} must be in [0, 1)")
         _require(0 < self.test_fraction < 1, f"data.test_fraction {self.test_fraction} must be in (0, 1)")
+        _require(
+            self.num_workers is None or self.num_workers >= 0, f"data.num_workers {self.num_workers} must be 0 or more"
+        )
+        _require(0 <= self.device_share <= 1, f"data.device_share {self.device_share} must be from 0 to 1")
         _require(min(self.std) > 0, f"data.std {self.std} must be above 0")
         for name in ("num_train", "resize", "crop"):
             value = getattr(self, name)

@@ -88,7 +88,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         name = signal.Signals(number).name
         status = _fail(f"stopped by {name}; the same command goes on from the last checkpoint", 128 + number)
     except RuntimeError as error:
-        message = _lost_contact(error)
+        message = _lost_worker(error) or _lost_contact(error)
         if message is None:
             raise
         status = _fail(message, 1, speak=True) if message else 1
@@ -104,6 +104,16 @@ def run_script(main: Callable[[], int | None]) -> None:
         # While Python ends it puts the default in place of every handler, and the signal would kill; "ignore" stays.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     sys.exit(status)
+
+
+def _lost_worker(error: RuntimeError) -> str | None:
+    """In words what torch's loader raises when one of its processes is gone."""
+    if "DataLoader worker" not in str(error):
+        return None
+    return (
+        "a process that decodes images was killed, mostly for lack of memory or, in a container, of shared memory; "
+        "lower data.num_workers or data.batch_size; the same command goes on from the last checkpoint"
+    )
 
 
 def _lost_contact(error: RuntimeError) -> str | None:

@@ -67,6 +67,7 @@ def fit(
     if in_parts:  # what is evaluated is a whole copy, on the device only as long as it is needed there
         student = student.twin()
     model, optimizer = accelerator.prepare(distiller, optimizer)
+    data = data.on_device(device, config.data.device_share)
     batches = TrainBatches(
         data.train,
         config.data.batch_size,
@@ -175,6 +176,7 @@ def fit(
                 stop.ignore_repeats()
                 break
     bar.close()
+    batches.close()
     if in_parts:
         copy_whole(distiller.student, student.to(device))
     finished = progress.step == total

@@ -60,10 +60,12 @@ def _build(kind: str, folder: Path, ask, split: Split, first: dict[str, Tensor],
     aside.mkdir()
     try:
         tables = {name: np.empty((len(split), *value.shape[1:]), np.float32) for name, value in first.items()}
-        for start in tqdm(range(0, len(split), BATCH_SIZE), desc=kind, unit="batch", disable=None, leave=False):
-            where = np.arange(start, min(start + BATCH_SIZE, len(split)))
+        starts = range(0, len(split), BATCH_SIZE)
+        wheres = [np.arange(start, min(start + BATCH_SIZE, len(split))) for start in starts]
+        read = split.batches(wheres, accelerator.device)
+        for where in tqdm(wheres, desc=kind, unit="batch", disable=None, leave=False):
             with accelerator.autocast():
-                said = ask(split.read(where, accelerator.device)[0])
+                said = ask(next(read)[0])
             for name, value in said.items():
                 tables[name][where] = value.float().cpu().numpy()
         digests = {}

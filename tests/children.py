@@ -78,6 +78,7 @@ def start_several(script: str, arguments, count: int, sabotage=None, environment
 
 def _run(script, arguments, environment, sabotage) -> None:
     os.environ.update(environment)
+    multiprocessing.current_process()._config["daemon"] = False  # so that it may start workers
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         os.environ.pop(name, None)
     from kd.errors import run_script

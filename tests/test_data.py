@@ -329,7 +329,7 @@ def test_second_open_decodes_nothing(image_folder, load, monkeypatch):
     def never(*_, **__):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr("kd.data.store.read_image", never)
+    monkeypatch.setattr("kd.data.sources.read_image", never)
     second = load(image_folder)
     assert np.array_equal(first.train.store.images, second.train.store.images)
     assert np.array_equal(first.train.labels, second.train.labels)
@@ -382,7 +382,10 @@ def test_a_full_disk_is_an_error_before_anything_is_mapped(image_folder, load, t
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(UserError, match=r"no space for the decoded images in .*; free some, or set data\.cache_dir"):
+    with pytest.raises(
+        UserError,
+        match=r"no space for the decoded images in .*; free some, set data\.cache_dir .* data\.store to stream",
+    ):
         load(image_folder)
     assert stores(tmp_path) == []
     monkeypatch.delattr(os, "posix_fallocate")  # as on systems that do not have it
@@ -393,14 +396,14 @@ def _open_counting(folder: str, cache: str, log: str, ready) -> None:
     """Child process: open the data when both are ready, and note a build."""
     from kd.data import store
 
-    build = store._build
+    build = store.build
 
     def counting(*arguments):
         with open(log, "a") as file:
             file.write("built\n")
         build(*arguments)
 
-    store._build = counting
+    store.build = counting
     ready.wait()
     data = load_data(DataConfig(source=folder, cache_dir=cache, val_fraction=0))
     with open(log, "a") as file:

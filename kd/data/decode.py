@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -16,6 +17,31 @@ class OtherSize(Exception):
     """An image that has not the size of the others."""
 
 
+@contextmanager
+def _opened(image):
+    """A PIL image that is not decoded yet, of a path or of bytes; what PIL raises meanwhile, in words."""
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            yield opened
+    except FileNotFoundError:
+        raise
+    except UnidentifiedImageError:  # its message holds the path or a buffer's address
+        raise UnreadableImage("not an image") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableImage(str(error) or type(error).__name__) from None
+
+
+def image_size(image) -> tuple[int, int]:
+    """(H, W) that an image of a path or of bytes will have, from its head alone unless it is turned.
+
+    Raises:
+        UnreadableImage: its head cannot be read.
+    """
+    with _opened(image) as opened:
+        upright = opened.getexif().get(0x0112, 1) == 1  # the tag of orientation, EXIF 2.32
+        return (opened if upright else ImageOps.exif_transpose(opened)).size[::-1]
+
+
 def open_image(image) -> Image.Image:
     """A decoded PIL image from a path, encoded bytes, a PIL image or a uint8 array (H, W[, C]); EXIF rotation applied.
 
@@ -26,16 +52,9 @@ def open_image(image) -> Image.Image:
         return image
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            opened.load()
-            return ImageOps.exif_transpose(opened)
-    except FileNotFoundError:
-        raise
-    except UnidentifiedImageError:  # its message holds the path or a buffer's address
-        raise UnreadableImage("not an image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(str(error) or type(error).__name__) from None
+    with _opened(image) as opened:
+        opened.load()
+        return ImageOps.exif_transpose(opened)
 
 
 def read_image(image, channels: int, size: tuple[int, int] | None = None, fit: bool = True) -> np.ndarray:

@@ -5,34 +5,63 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
+from kd.data.decode import UnreadableImage, read_image
 from kd.errors import UserError, say, unknown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 TEST_NAMES, VAL_NAMES = ("test",), ("val", "valid", "validation")
-NAMED = ("digits", "mnist", "cifar10", "cifar100", "stl10")
+# the named sets, and their files below the download folder
+NAMED = {
+    "digits": "",
+    "mnist": "MNIST/raw/*-ubyte",
+    "cifar10": "cifar-10-batches-py/*",
+    "cifar100": "cifar-100-python/*",
+    "stl10": "stl10_binary/*",
+}
 
 
 @dataclass
 class RawSplit:
-    """Images of one split before they are in the store.
+    """Images of one split before they are in the store; other processes can be given it.
 
-    images: a uint8 array (N, C, H, W), or N encoded images: paths, or a function from a place to bytes.
+    images: a uint8 array (N, C, H, W), or N encoded images, paths or bytes.
     labels: int64 (N,).
-    name: a place to how that image is called in a message.
+    title: what an image's number follows in a message, where it has no path.
     """
 
-    images: np.ndarray | Sequence[Path] | Callable[[int], Any]
+    images: np.ndarray | Sequence
     labels: np.ndarray
-    name: Callable[[int], str]
+    title: str = ""
+
+    @property
+    def decoded(self) -> bool:
+        """Whether the images are pixels already."""
+        return isinstance(self.images, np.ndarray)
+
+    def name(self, place: int) -> str:
+        """How an image is called in a message."""
+        return f"{self.title} {place}" if self.title else self.images[place]
+
+    def read(
+        self, place: int, channels: int, size: tuple[int, int] | None = None, fit: bool = True
+    ) -> np.ndarray | UnreadableImage:
+        """The pixels of one image as `read_image` gives them, or why it cannot be read."""
+        try:
+            return read_image(self.images[place], channels, size, fit)
+        except UnreadableImage as error:
+            return error
+        except FileNotFoundError:  # a Parquet row may name a file instead of holding it
+            return UnreadableImage("no such file")
 
 
 @dataclass
@@ -40,14 +69,16 @@ class Source:
     """A set of images: its splits are read only when they are asked for.
 
     open: gives the class names and the raw splits, by names among train, val, test; may be slow.
-    fingerprint: changes when the images may have changed; None when they are quick to read and need no store.
+    fingerprint: changes when the images may have changed; None when they are not on this disk yet.
     notes: what a user should know of how the splits were found; filled by `open`.
+    decoded: whether its images are arrays, which keep their size and number of channels.
     """
 
     name: str
     open: Callable[[], tuple[list[str], dict[str, RawSplit]]]
     fingerprint: str | None = None
     notes: list[str] = field(default_factory=list)
+    decoded: bool = False
 
 
 def find_source(
@@ -59,9 +90,11 @@ def find_source(
         UserError: no such source; the known names and forms are listed.
     """
     notes: list[str] = []
+    if source == "digits":
+        return Source(source, _open_digits, _digest([version("scikit-learn")]), decoded=True)
     if source in NAMED:
-        opener = _open_digits if source == "digits" else lambda: _open_torchvision(source, download_dir, download)
-        return Source(source, opener)
+        opener = partial(_open_torchvision, source, download_dir, download)
+        return Source(source, opener, _downloaded(source, download_dir), decoded=True)
     if source.startswith("hub:"):
         dataset = _load_hub(source[4:])
         prints = [f"{split}:{part._fingerprint}" for split, part in sorted(dataset.items())]
@@ -79,13 +112,13 @@ def find_source(
     files = sorted(_walk(folder))
     if not files:
         raise UserError(f"data.source {source!r} is an empty folder; it should hold train/CLASS/IMAGE or Parquet files")
-    listing = [f"{file.relative_to(folder)}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in files]
+    listing = [f"{os.sep.join(parts)}:{stat.st_size}:{stat.st_mtime_ns}" for parts, stat in files]
     columns = [f"columns:{image_column}:{label_column}"]
-    if any(file.suffix == ".parquet" for file, _ in files):
+    if any(parts[-1].endswith(".parquet") for parts, _ in files):
         opener = partial(_open_parquet, folder, source, image_column, label_column, notes)
     else:
-        paths = [file for file, _ in files if file.suffix.lower() in IMAGE_SUFFIXES]
-        opener = partial(_open_folder, folder, paths, notes)
+        images = [parts for parts, _ in files if parts[-1].lower().endswith(IMAGE_SUFFIXES)]
+        opener = partial(_open_folder, folder, images, notes)
     return Source(folder.resolve().name, opener, _digest(columns + listing), notes)
 
 
@@ -93,13 +126,26 @@ def _digest(parts: list[str]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
-def _walk(folder: Path):
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith("."):
-                path = Path(root, name)
-                yield path, path.stat()
+def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], os.stat_result]]:
+    """The parts of each file's path below a folder, and its state; a Path for each of a million would take half a
+    minute."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(Path(entry.path), (*above, entry.name))
+            else:
+                yield (*above, entry.name), entry.stat()
+
+
+def _downloaded(source: str, root: Path) -> str | None:
+    """The fingerprint of a named set's files; None if they are not there."""
+    if not root.is_dir():
+        return None
+    with FileLock(root / f"{source}.lock"):  # not of half a download
+        states = [(file.name, file.stat()) for file in sorted(root.glob(NAMED[source]))]
+    return _digest([f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in states]) if states else None
 
 
 def _open_digits():
@@ -110,7 +156,7 @@ def _open_digits():
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]
     names = [str(name) for name in digits.target_names]
-    return names, {"train": RawSplit(images, digits.target.astype(np.int64), lambda i: f"digit {i}")}
+    return names, {"train": RawSplit(images, digits.target.astype(np.int64), "digit")}
 
 
 def _open_torchvision(source: str, root: Path, download: bool):
@@ -154,7 +200,7 @@ def _open_torchvision(source: str, root: Path, download: bool):
         elif images.shape[-1] == 3:
             images = images.transpose(0, 3, 1, 2)
         labels = np.asarray(part.labels if source == "stl10" else part.targets).astype(np.int64)
-        splits[split] = RawSplit(np.ascontiguousarray(images), labels, lambda i, split=split: f"{source} {split} {i}")
+        splits[split] = RawSplit(np.ascontiguousarray(images), labels, f"{source} {split}")
     # "0 - zero" to "0": the name that other copies of MNIST use, since classes are matched by name
     return [name.split(" - ")[0] for name in parts["train"].classes], splits
 
@@ -196,16 +242,23 @@ def _open_dataset(dataset: dict, source: str, image_column: str | None, label_co
     splits = {}
     for name, part in dataset.items():
         encoded = part.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-
-        def read(i, encoded=encoded):
-            value = encoded[i][image_column] or {}
-            if value.get("bytes") is None and value.get("path"):
-                return Path(value["path"])
-            return value.get("bytes") or b""  # a missing image is an unreadable one
-
         labels = np.asarray(part.with_format("numpy")[label_column], dtype=np.int64)
-        splits[name] = RawSplit(read, labels, lambda i, name=name: f"{source} {name} row {i}")
+        splits[name] = RawSplit(_Column(encoded, image_column), labels, f"{source} {name} row")
     return list(features[label_column].names), _canonical(splits, source, notes)
+
+
+@dataclass
+class _Column:
+    """The encoded images of a `datasets.Dataset`."""
+
+    dataset: Any
+    column: str
+
+    def __getitem__(self, place: int) -> bytes | str:
+        value = self.dataset[place][self.column] or {}
+        if value.get("bytes") is None and value.get("path"):
+            return value["path"]
+        return value.get("bytes") or b""  # a missing image is an unreadable one
 
 
 def _column(features, kind, asked, field, usual, source) -> str:
@@ -240,51 +293,58 @@ def _canonical(splits: dict[str, Any], source: str, notes: list[str]) -> dict[st
     return {short: splits[name] for short, name in names.items()}
 
 
-def _open_folder(folder: Path, paths: list[Path], notes: list[str]):
+def _open_folder(folder: Path, files: list[tuple[str, ...]], notes: list[str]):
     """ImageFolder layout: SPLIT/CLASS/.../IMAGE, or CLASS/IMAGE where there are no split folders."""
-    tops = sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != folder})
-    folders = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    folders = _folders(folder)
     split_names = [name for name in folders if name in ("train", *TEST_NAMES, *VAL_NAMES)]
-    if not paths:
+    if not files:
         raise UserError(
             f"data.source {str(folder)!r} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no Parquet files"
         )
     if not split_names:
-        if any(len(path.relative_to(folder).parts) != 2 for path in paths) or not tops:
+        if any(len(parts) != 2 for parts in files):
             raise UserError(
                 f"data.source {str(folder)!r} has no train split (found: {', '.join(folders) or 'no folder'}); "
                 f"it needs train/CLASS/IMAGE and test/ or val/, or CLASS/IMAGE without splits"
             )
         notes.append(f"{folder} has no split folders; all its images are read as train")
         roots = {"train": folder}
+        found = {"train": _by_class(folder, files)}
     else:
         roots = _canonical({name: folder / name for name in split_names}, str(folder), notes)
-    per_split = {split: _by_class(root, paths) for split, root in roots.items()}
-    classes = sorted(per_split["train"])
+        parts_of: dict[str, list] = {root.name: [] for root in roots.values()}
+        for parts in files:
+            if parts[0] in parts_of:
+                parts_of[parts[0]].append(parts[1:])
+        found = {split: _by_class(root, parts_of[root.name]) for split, root in roots.items()}
+    classes = sorted(found["train"])
     if not classes:
         raise UserError(f"data.source {str(folder)!r}: {roots['train']} holds no images; it should hold CLASS/IMAGE")
-    for split, found in per_split.items():
-        for name in sorted({child.name for child in roots[split].iterdir() if child.is_dir()} - set(found)):
-            if split == "train" and not name.startswith("."):
-                raise UserError(
-                    f"data.source {str(folder)!r}: class folder {roots[split] / name} holds no images; "
-                    f"fill it or remove it"
-                )
-        for name in found:
+    for name in _folders(roots["train"]):
+        if name not in classes:
+            raise UserError(
+                f"data.source {str(folder)!r}: class folder {roots['train'] / name} holds no images; "
+                f"fill it or remove it"
+            )
+    splits = {}
+    for split, by_class in found.items():
+        for name in by_class:
             if name not in classes:
                 raise unknown(f"class in {roots[split]}", name, classes, "these are the classes of train")
-    splits = {}
-    for split, found in per_split.items():
-        files = [(path, classes.index(name)) for name in sorted(found) for path in found[name]]
-        labels = np.asarray([label for _, label in files], dtype=np.int64)
-        images = [path for path, _ in files]
-        splits[split] = RawSplit(images, labels, lambda i, images=images: str(images[i]))
+        labels = [np.full(len(by_class[name]), classes.index(name), np.int64) for name in sorted(by_class)]
+        paths = [path for name in sorted(by_class) for path in by_class[name]]
+        splits[split] = RawSplit(paths, np.concatenate([np.empty(0, np.int64), *labels]))
     return classes, splits
 
 
-def _by_class(root: Path, paths: list[Path]) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
-    for path in paths:
-        if root in path.parents and path.parent != root:
-            found.setdefault(path.relative_to(root).parts[0], []).append(path)
+def _folders(folder: Path) -> list[str]:
+    return sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def _by_class(root: Path, files: list[tuple[str, ...]]) -> dict[str, list[str]]:
+    """Paths of the images below each class folder of a split's folder, in the order of `files`."""
+    found: dict[str, list[str]] = {}
+    for parts in files:
+        if len(parts) > 1:
+            found.setdefault(parts[0], []).append(os.path.join(root, *parts))
     return found

@@ -1,42 +1,45 @@
 """Images decoded once: a uint8 array on disk, memory-mapped, shared by all processes and later runs.
 
 A store is a folder named by a fingerprint of the source and of how it was decoded. It is built aside and renamed, under
-a lock: one process builds, the others wait; when the builder dies the next one takes over.
+a lock: one process builds, with all cores, the others wait; when the builder dies the next one takes over. A set whose
+decoded images would take too much of the disk is not stored, but decoded whenever images are asked for: the same
+images at the same places.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from tqdm import tqdm
 
-from kd.data.decode import OtherSize, UnreadableImage, read_image
+from kd.data.build import Recipe, build, cores, examined, much_larger, size_of_first
+from kd.data.decode import OtherSize
 from kd.data.sources import RawSplit, Source
+from kd.data.stream import Encoded
 from kd.errors import UserError, say
+
+SHARE_OF_DISK = 0.5  # of the free space that the decoded images may take
 
 
 @dataclass
 class Store:
-    """Decoded images of one split: images uint8 (N, C, H, W), perhaps memory-mapped; labels int64 (N,).
+    """Decoded images of one split: images uint8 (N, C, H, W), memory-mapped or `Encoded`; labels int64 (N,).
 
     In place of images there may be rows of a table, see `kd.precompute`.
     """
 
-    images: np.ndarray
+    images: np.ndarray | Encoded
     labels: np.ndarray
     fingerprint: str | None = None
 
     def identity(self) -> str:
-        """Changes when the images do."""
+        """Changes when the images do; the same whether they are stored or streamed."""
         if self.fingerprint is None:
             self.fingerprint = hashlib.sha256(np.ascontiguousarray(self.images)).hexdigest()
         return self.fingerprint
@@ -46,40 +49,80 @@ class Store:
 
 
 def open_stores(
-    source: Source, channels: int, resize: int | None, skip_unreadable: bool, cache_dir: Path
+    source: Source,
+    recipe: Recipe,
+    cache_dir: Path,
+    mode: str = "auto",
+    workers: int | None = None,
 ) -> tuple[list[str], dict[str, Store]]:
-    """Class names and the decoded splits of a source, built if they are not on disk yet.
+    """Class names and the splits of a source; stored ones are built if they are not on disk yet.
 
     Images of one size keep it. Images of several sizes, or much larger than needed, are brought to a square of `resize`
     pixels (shorter side resized, centre cropped).
 
+    Args:
+        mode: `disk` to store the images, `stream` to decode them when they are asked for, `auto` to stream if they
+            would take more than `SHARE_OF_DISK` of the free disk.
+        workers: processes that decode ahead when streaming; None for this process's share of the cores.
+
     Raises:
         UserError: unreadable images (named), several sizes and no `resize`, no space.
     """
-    if source.fingerprint is None:
+    if source.fingerprint is None:  # downloaded just now: the next start will find the files
         classes, splits = source.open()
         return classes, {name: Store(split.images, split.labels) for name, split in splits.items()}
     root = cache_dir / "store"
     stem = "".join(c if c.isalnum() else "-" for c in source.name).strip("-")
-    key = f"{stem}-{source.fingerprint}-{channels}ch{'-skip' if skip_unreadable else ''}"
-    native, fitted = root / key, root / f"{key}-fit{resize}"
+    key = f"{stem}-{source.fingerprint}-{recipe.channels}ch{'-skip' if recipe.skip_unreadable else ''}"
+    native, fitted = root / key, root / f"{key}-fit{recipe.resize}"
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{key}.lock"):
-        found = _read(fitted) or _read(native, resize)
+        if source.decoded:
+            found = _read(native)
+        else:
+            found = None if mode == "stream" else _read(fitted) or _read(native, recipe.resize)
         if found is not None:
             return found
         classes, splits = source.open()
-        try:
-            _build(native, classes, splits, channels, None, resize, skip_unreadable, source.notes)
+        for name, split in splits.items():
+            if len(split.labels) == 0:
+                raise UserError(f"data: the {name} split holds no images")
+        if source.decoded:
+            build(native, classes, splits, recipe, None, source.notes)
             return _read(native)
+        try:
+            folder, size = native, size_of_first(splits, recipe)
+            if why := _why_streamed(splits, recipe.channels, size, root, mode):
+                differ, bad = examined(root / f"{key}.json", splits, recipe, size)
+                if differ:
+                    raise OtherSize(differ)
+            else:
+                build(native, classes, splits, recipe, size, source.notes)
         except OtherSize as error:
-            if resize is None:
+            if recipe.resize is None:
                 raise UserError(
                     f"{error}; set data.resize (pixels of the shorter side), and images become squares"
                 ) from None
-            source.notes.append(f"{error}; all are brought to {resize}x{resize}")
-        _build(fitted, classes, splits, channels, (resize, resize), resize, skip_unreadable, source.notes)
-        return _read(fitted)
+            source.notes.append(f"{error}; all are brought to {recipe.resize}x{recipe.resize}")
+            folder, size, bad = fitted, (recipe.resize, recipe.resize), {}
+            why = _why_streamed(splits, recipe.channels, size, root, mode)
+            if not why:
+                build(fitted, classes, splits, recipe, size, source.notes, fit=True)
+            elif recipe.skip_unreadable:
+                _, bad = examined(root / f"{key}.json", splits, recipe, size)
+        if not why:
+            return _read(folder)
+    _say(source.notes, {name: [splits[name].name(place) for place, _ in bad_ones] for name, bad_ones in bad.items()})
+    workers = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if workers is None else workers
+    say(f"data: images are decoded at each step, ahead of it by {workers} processes ({why})")
+    stores = {}
+    for name, split in splits.items():
+        kept = np.delete(np.arange(len(split.labels)), [place for place, _ in bad.get(name, [])])
+        if len(kept) == 0:
+            raise UserError(f"data: no image of the {name} split can be read")
+        images = Encoded(split, kept, recipe.channels, size, folder == fitted, workers)
+        stores[name] = Store(images, split.labels[kept], f"{folder.name}/{name}")
+    return classes, stores
 
 
 def _read(folder: Path, resize: int | None = None) -> tuple[list[str], dict[str, Store]] | None:
@@ -90,121 +133,29 @@ def _read(folder: Path, resize: int | None = None) -> tuple[list[str], dict[str,
         for split in meta["splits"]:
             images = np.load(folder / f"{split}-images.npy", mmap_mode="r")
             stores[split] = Store(images, np.load(folder / f"{split}-labels.npy"), f"{folder.name}/{split}")
-        notes, skipped_images = meta["notes"], meta["skipped"]
+        classes, notes, skipped = meta["classes"], meta["notes"], meta["skipped"]
     except (OSError, ValueError, EOFError, KeyError):
         return None
-    if any(_much_larger(store.images.shape[2:], resize) for store in stores.values()):
+    if any(much_larger(store.images.shape[2:], resize) for store in stores.values()):
         return None
+    _say(notes, skipped)
+    return classes, stores
+
+
+def _say(notes: list[str], skipped: dict[str, list[str]]) -> None:
     for note in notes:
         say(f"data: {note}")
-    for split, skipped in skipped_images.items():
-        if skipped:
-            say(f"data: {len(skipped)} unreadable images of {split} are left out: {', '.join(skipped[:3])}")
-    return meta["classes"], stores
+    for split, names in skipped.items():
+        if names:
+            say(f"data: {len(names)} unreadable images of {split} are left out: {', '.join(names[:3])}")
 
 
-def _much_larger(size: tuple[int, int], resize: int | None) -> bool:
-    return resize is not None and min(size) > 2 * resize
-
-
-def _build(folder, classes, splits: dict[str, RawSplit], channels, size, resize, skip_unreadable, notes) -> None:
-    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a builder that died; the lock is ours
-        shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir()
-    try:
-        skipped, fit = {}, size is not None
-        for name, split in splits.items():
-            # all splits must have one size, that of the first split's first image unless it is given
-            size = size or _size_of_first(name, split, channels, resize)
-            skipped[name] = _decode(aside, name, split, channels, size, fit, skip_unreadable)
-        meta = {"classes": classes, "splits": list(splits), "skipped": skipped, "notes": notes}
-        (aside / "meta.json").write_text(json.dumps(meta))
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"no space for the decoded images in {folder.parent}; free some, or set data.cache_dir to another disk"
-        ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _read_one(split: RawSplit, i: int, channels: int, size=None, fit: bool = True) -> np.ndarray | Exception:
-    """The pixels of one image, or why it cannot be read."""
-    try:
-        return read_image(split.images(i) if callable(split.images) else split.images[i], channels, size, fit=fit)
-    except UnreadableImage as error:
-        return error
-    except FileNotFoundError:  # a Parquet row may name a file instead of holding it
-        return UnreadableImage("no such file")
-
-
-def _size_of_first(name: str, split: RawSplit, channels: int, resize: int | None) -> tuple[int, int]:
-    """(H, W) of the first image that can be read."""
-    for i in range(len(split.labels)):
-        pixels = _read_one(split, i, channels)
-        if not isinstance(pixels, Exception):
-            height, width = pixels.shape[1:]
-            if _much_larger((height, width), resize):
-                raise OtherSize(f"images of {width}x{height} are much larger than data.resize {resize}")
-            return height, width
-    raise UserError(f"data: no image of the {name} split can be read")
-
-
-def _reserve(path: Path) -> None:
-    """Take the file's space now: on a full disk a memory map would end the process without a word.
-
-    Raises:
-        OSError: there is no space left.
-    """
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-
-
-def _decode(aside: Path, name: str, split: RawSplit, channels, size, fit: bool, skip_unreadable) -> list[str]:
-    """Decode a split into `aside`; returns the names of the images left out."""
-    count = len(split.labels)
-    if count == 0:
-        raise UserError(f"data: the {name} split holds no images")
-
-    def read(i: int):
-        return _read_one(split, i, channels, size, fit)
-
-    images = np.lib.format.open_memmap(aside / f"{name}-images.npy", "w+", np.uint8, (count, channels, *size))
-    _reserve(aside / f"{name}-images.npy")
-    bad: list[tuple[int, str]] = []
-    kept = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        with tqdm(total=count, desc=f"decode {name}", unit="image", disable=None, leave=False) as bar:
-            for start in range(0, count, 4096):  # in blocks, so that the queue of results stays small
-                block = range(start, min(start + 4096, count))
-                try:
-                    results = list(pool.map(read, block))
-                except OtherSize as error:
-                    raise OtherSize(f"images differ in size: {size[1]}x{size[0]} and {error}") from None
-                for i, pixels in zip(block, results, strict=True):
-                    if isinstance(pixels, Exception):
-                        bad.append((i, str(pixels)))
-                    else:
-                        images[kept] = pixels
-                        kept += 1
-                bar.update(len(block))
-    if bad and not skip_unreadable:
-        named = "; ".join(f"{split.name(i)} ({why})" for i, why in bad[:3])
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise UserError(f"unreadable image: {named}{more}; repair or remove it, or pass --data.skip_unreadable true")
-    if kept == 0:
-        raise UserError(f"data: no image of the {name} split can be read")
-    left_out = {i for i, _ in bad}
-    labels = np.asarray([label for i, label in enumerate(split.labels) if i not in left_out], dtype=np.int64)
-    images.flush()
-    if kept < count:  # shorten the file to what was kept
-        whole = np.array(images[:kept])
-        del images
-        np.save(aside / f"{name}-images.npy", whole)
-    np.save(aside / f"{name}-labels.npy", labels)
-    return [split.name(i) for i, _ in bad]
+def _why_streamed(splits: dict[str, RawSplit], channels: int, size: tuple[int, int], root: Path, mode: str) -> str:
+    """Why images of this size are not stored; empty if they are to be."""
+    if mode != "auto":
+        return "data.store stream" if mode == "stream" else ""
+    needed = sum(len(split.labels) for split in splits.values()) * channels * size[0] * size[1]
+    room = SHARE_OF_DISK * shutil.disk_usage(root).free
+    if needed <= room:
+        return ""
+    return f"stored they would take {needed / 1e9:.3g} GB, the limit is {room / 1e9:.3g}: half of the free disk"

@@ -69,5 +69,6 @@ def _own_batches(split: Split, batch_size: int, accelerator) -> Iterator[Tensor]
     world, rank = accelerator.num_processes, accelerator.process_index
     start, end = _cuts(split, world)[rank : rank + 2]
     size = max(1, batch_size // world)
-    for first in range(start, end, size):
-        yield split.read(torch.arange(first, min(first + size, end)).numpy(), accelerator.device)[0]
+    wheres = (torch.arange(first, min(first + size, end)).numpy() for first in range(start, end, size))
+    for images, _labels, _index in split.batches(wheres, accelerator.device):
+        yield images

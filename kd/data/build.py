@@ -1,0 +1,201 @@
+"""A source's images read once by all cores: to build a store of them, or to know which can be streamed and how."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kd.data.decode import OtherSize, UnreadableImage, image_size
+from kd.data.sources import RawSplit
+from kd.data.stream import in_workers, unreadable
+from kd.errors import UserError
+
+FEW = 512  # images that are decoded sooner than processes have started
+BLOCK_BYTES = 2**20  # what a worker decodes at a time
+
+
+@dataclass
+class Recipe:
+    """How a source's images become arrays of one size."""
+
+    channels: int
+    resize: int | None
+    skip_unreadable: bool
+
+
+def much_larger(size: tuple[int, int], resize: int | None) -> bool:
+    return resize is not None and min(size) > 2 * resize
+
+
+def size_of_first(splits: dict[str, RawSplit], recipe: Recipe) -> tuple[int, int]:
+    """(H, W) of the first image that can be read: what all images of all splits must have.
+
+    Raises:
+        OtherSize: that is much larger than needed.
+    """
+    name, split = next(iter(splits.items()))
+    for place in range(len(split.labels)):
+        pixels = split.read(place, recipe.channels)
+        if not isinstance(pixels, Exception):
+            height, width = pixels.shape[1:]
+            if much_larger((height, width), recipe.resize):
+                raise OtherSize(f"images of {width}x{height} are much larger than data.resize {recipe.resize}")
+            return height, width
+    raise UserError(f"data: no image of the {name} split can be read")
+
+
+def build(folder, classes, splits: dict[str, RawSplit], recipe: Recipe, size, notes, fit: bool = False) -> None:
+    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a builder that died; the lock is ours
+        shutil.rmtree(left, ignore_errors=True)
+    aside.mkdir()
+    try:
+        skipped = {name: _decode(aside, name, split, recipe, size, fit) for name, split in splits.items()}
+        meta = {"classes": classes, "splits": list(splits), "skipped": skipped, "notes": notes}
+        (aside / "meta.json").write_text(json.dumps(meta))
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no space for the decoded images in {folder.parent}; free some, set data.cache_dir to another disk, or "
+            f"data.store to stream"
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _reserve(path: Path) -> None:
+    """Take the file's space now: on a full disk a memory map would end the process without a word.
+
+    Raises:
+        OSError: there is no space left.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def _decode(aside: Path, name: str, split: RawSplit, recipe: Recipe, size, fit: bool) -> list[str]:
+    """Decode a split into `aside`; returns the names of the images left out."""
+    count, path, bad, kept = len(split.labels), aside / f"{name}-images.npy", [], 0
+    shape = split.images.shape[1:] if split.decoded else (recipe.channels, *size)
+    images = np.lib.format.open_memmap(path, "w+", np.uint8, (count, *shape))
+    _reserve(path)
+    blocks = _blocks(count, int(np.prod(shape)))
+    read = partial(_read_block, split, recipe.channels, size, fit)
+    with tqdm(total=count, desc=f"decode {name}", unit="image", disable=None, leave=False) as bar:
+        for block, (pixels, failed) in zip(blocks, _on_all_cores(read, blocks, count, split), strict=True):
+            images[kept : kept + len(pixels)] = pixels
+            kept, bad = kept + len(pixels), bad + failed
+            bar.update(len(block))
+    if bad and not recipe.skip_unreadable:
+        raise unreadable([(split.name(place), why) for place, why in bad])
+    if kept == 0:
+        raise UserError(f"data: no image of the {name} split can be read")
+    images.flush()
+    if kept < count:  # shorten the file to what was kept
+        np.save(aside / f"{name}-kept.npy", images[:kept])
+        del images
+        (aside / f"{name}-kept.npy").rename(path)
+    np.save(aside / f"{name}-labels.npy", np.delete(split.labels, [place for place, _ in bad]))
+    return [split.name(place) for place, _ in bad]
+
+
+def _blocks(count: int, image_bytes: int) -> list[range]:
+    length = max(1, min(256, BLOCK_BYTES // image_bytes))
+    return [range(start, min(start + length, count)) for start in range(0, count, length)]
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _on_all_cores(function, blocks: list[range], count: int, split: RawSplit) -> Iterator:
+    return in_workers(function, blocks, 0 if split.decoded or count <= FEW else cores())
+
+
+def _read_block(split: RawSplit, channels: int, size, fit: bool, block: range) -> tuple[Tensor, list[tuple[int, str]]]:
+    """The pixels of those images of a block that can be read, and of the others the place and why."""
+    if split.decoded:
+        return torch.from_numpy(split.images[block.start : block.stop]), []
+    read, bad = [], []
+    for place in block:
+        try:
+            pixels = split.read(place, channels, size, fit)
+        except OtherSize as error:
+            raise _differ(size, error) from None
+        if isinstance(pixels, Exception):
+            bad.append((place, str(pixels)))
+        else:
+            read.append(pixels)
+    return torch.from_numpy(np.stack(read) if read else np.empty((0, channels, *size), np.uint8)), bad
+
+
+def _differ(size: tuple[int, int], other: object) -> OtherSize:
+    return OtherSize(f"images differ in size: {size[1]}x{size[0]} and {other}")
+
+
+def examined(file: Path, splits: dict[str, RawSplit], recipe: Recipe, size) -> tuple[str | None, dict[str, list]]:
+    """How images differ in size, and which cannot be read (place and why, by split): looked at once, kept in a file.
+
+    Their heads are enough, up to the first of another size, unless unreadable ones are to be left out.
+
+    Raises:
+        UserError: an image's head is unreadable, and it is not to be left out.
+    """
+    try:
+        known = json.loads(file.read_text())
+        return known["differ"], known["bad"]
+    except (OSError, ValueError, KeyError):
+        differ, bad = None, {name: [] for name in splits}
+    for name, split in splits.items():
+        count = len(split.labels)
+        look = partial(_look_block, split, recipe)
+        with tqdm(total=count, desc=f"look at {name}", unit="image", disable=None, leave=False) as bar:
+            blocks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
+            for block, found in zip(blocks, _on_all_cores(look, blocks, count, split), strict=True):
+                bad[name] += [(place, why) for place, why in zip(block, found, strict=True) if isinstance(why, str)]
+                others = [other for other in found if not isinstance(other, str) and other != size]
+                if others and not differ:
+                    differ = str(_differ(size, f"{others[0][1]}x{others[0][0]}"))
+                bar.update(len(block))
+                if differ and not recipe.skip_unreadable:
+                    break
+        if differ and not recipe.skip_unreadable:
+            break
+        if bad[name] and not recipe.skip_unreadable:
+            raise unreadable([(split.name(place), why) for place, why in bad[name]])
+    aside = file.with_name(f"{file.name}.tmp-{os.getpid()}")
+    aside.write_text(json.dumps({"differ": differ, "bad": bad}))
+    aside.replace(file)
+    return differ, bad
+
+
+def _look_block(split: RawSplit, recipe: Recipe, block: range) -> list[tuple[int, int] | str]:
+    """Of each image of a block its (H, W), or why it cannot be read."""
+    found = []
+    for place in block:
+        try:
+            if recipe.skip_unreadable:
+                pixels = split.read(place, recipe.channels)
+                found.append(str(pixels) if isinstance(pixels, Exception) else tuple(pixels.shape[1:]))
+            else:
+                found.append(image_size(split.images[place]))
+        except FileNotFoundError:
+            found.append("no such file")
+        except UnreadableImage as error:
+            found.append(str(error))
+    return found
