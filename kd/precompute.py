@@ -203,8 +203,8 @@ def precompute_backbone(classifier: Classifier, data: Data, config, accelerator,
 
     tables = {}
     images, _, _ = data.train.read(np.arange(min(2, len(data.train))), accelerator.device)
-    with torch.no_grad():
-        features, logits = both(images)
+    features, logits = both(images)
+    with torch.no_grad(), accelerator.autocast():
         if not isinstance(head, nn.Linear) or not torch.allclose(head(features), logits, atol=1e-4):
             return data
     key = [_backbone_hash(classifier), repr(classifier.network), classifier.preprocess.view.to_dict()]
