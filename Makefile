@@ -26,7 +26,7 @@ demo: $(VENV)/.installed
 	$(LAUNCH) train_teacher.py --config recipes/digits/student.yaml
 	$(LAUNCH) distill.py --config recipes/digits/kd.yaml --teacher $(RUNS)/teacher
 	$(BIN)/python evaluate.py $(RUNS)/teacher $(RUNS)/student $(RUNS)/kd --report $(RUNS)/report
-	@echo "the picture is $(RUNS)/report/accuracy_vs_cost.png"
+	@echo "the report is $(RUNS)/report/index.html, a page for a browser"
 
 # The CIFAR-10 tutorial: both teachers, both students alone, the four distilled ones, the comparison. DATA names a source;
 # SEEDS="42 43 44" runs all of it three times, and the comparison has means and spreads. Started again it goes on.

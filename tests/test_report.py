@@ -24,8 +24,13 @@ from kd import metrics, plots
 from kd.config import DataConfig
 from kd.data import load_data
 
-SECTIONS = ["results", "comparison", "speed", "cost", "curves", "reliability", "classes", "confusion", "differences"]
+SECTIONS = ["results", "comparison", "cost", "curves", "reliability", "classes", "speed", "confusion", "differences"]
 SECTIONS += ["soft-targets", "corruptions", "features", "runs"]
+KINDS = {
+    "only_teacher_right": "only the teacher is right",
+    "only_student_right": "only the student is right",
+    "both_wrong": "both are wrong and differ",
+}
 EMPTY = ("meta", "img", "br", "link", "input")
 
 
@@ -242,6 +247,8 @@ def test_differing_images_are_those_the_networks_differ_on(report, data, teacher
     sizes = {"only_teacher_right": len(only_theirs), "only_student_right": len(only_mine)}
     assert {kind: part["counts"][kind] for kind in sizes} == sizes
     assert sum(part["counts"].values()) == (mine.argmax(1) != theirs.argmax(1)).sum()
+    said = "; ".join(f"{words}: {part['counts'][kind]}" for kind, words in KINDS.items())
+    assert f"Images where {said}." in report.page.by_id["differences"].text
     cards = next(n for n in report.page.nodes if n.attributes.get("class") == "cards").all("li")
     assert 0 < len(cards) == len(part["images"]) <= 24
     for said, card in zip(part["images"], cards, strict=True):

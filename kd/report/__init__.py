@@ -62,7 +62,7 @@ def write_report(folder: Path, results: list[Measured], groups: list[dict]) -> l
         *(f"- {note}" for note in all_notes(results, groups)),
         aligned(class_table(rows), True),
         "![accuracy against cost](accuracy_vs_cost.png)",
-        f"Latency on {rows[0]['device']}, one image, preprocessing included.",
+        *([f"Times on {rows[0]['device']}, preprocessing included."] if rows[0]["speed"] else []),
     ]
     files = {
         "index.html": report_page(said, records, pictures).encode("utf-8", "replace"),

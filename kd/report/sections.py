@@ -28,7 +28,7 @@ MOST_LINES = 300  # of the learning curves' numbers
 _KINDS = {
     "only_teacher_right": "only the teacher is right",
     "only_student_right": "only the student is right",
-    "both_wrong": "both are wrong, and differ",
+    "both_wrong": "both are wrong and differ",
 }
 _STYLE = """
 figure { max-width: 34rem; }
@@ -71,11 +71,11 @@ class _Report:
         sections = [
             ("results", "Results", self.results()),
             ("comparison", "Comparison", self.comparison()),
-            ("speed", "Speed and memory", self.speed()),
             ("cost", "Accuracy against cost", self.cost()),
             ("curves", "Learning curves", self.curves()),
             ("reliability", "Reliability", self.reliability()),
             ("classes", "Classes", self.classes()),
+            ("speed", "Speed and memory", self.speed()),
             ("confusion", "Confusion", self.confusion()),
             ("differences", "Where student and teacher differ", self.differences()),
             ("soft-targets", "What the teacher teaches", self.soft_targets()),
@@ -110,7 +110,9 @@ class _Report:
     def results(self) -> list[str]:
         parts = [self.named("Runs", runs_table(self.rows))]
         folder = plots.shared_folder([row["run"] for row in self.rows]) if len(self.rows) > 1 else ""
-        words = f"Latency on {self.rows[0]['device']}, one image, preprocessing included. {' '.join(_RESULTS.split())}"
+        words = " ".join(_RESULTS.split())
+        if self.rows[0]["speed"]:
+            words += f" Latency on {self.rows[0]['device']}, one image, preprocessing included."
         parts.append(_p(words + (f" The runs are in {folder}." if folder else "")))
         notes = [note for part in (*self.rows, *self.groups) for note in part["notes"]]
         if notes:
@@ -238,8 +240,8 @@ class _Report:
     def differences(self) -> list[str]:
         parts = []
         for part in self.content["differences"]:
-            counts = [f"{part['counts'][kind]:,} images where {words}" for kind, words in _KINDS.items()]
-            parts.append(f"<h3>{escape(self.short(part['run']))}</h3>\n{_p('; '.join(counts) + '.')}")
+            counts = [f"{words}: {part['counts'][kind]:,}" for kind, words in _KINDS.items()]
+            parts.append(f"<h3>{escape(self.short(part['run']))}</h3>\n{_p('Images where ' + '; '.join(counts) + '.')}")
             cards = []
             for said in part["images"]:
                 picture = image(self.pictures[part["run"], said["image"]], f"image {said['image']}, {said['label']}")
@@ -313,7 +315,7 @@ _COMPARISON = """
 Accuracy is the mean ± standard deviation over n seeds. The interval is a paired bootstrap over test images and runs:
 where it holds 0, nothing was shown, and that of a few runs is too narrow. McNemar p is the exact test of run against
 run on the same images, the smallest to the largest. Gap closed is the share of the teacher's lead over the student
-alone. The Pareto front are the groups that no other beats in accuracy or cost without losing in the other.
+alone. On the Pareto front are the groups that no other beats in accuracy or cost without losing in the other.
 """
 _SCALED = {
     "temperature": ("temperature", ".3f"),
