@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import sys
 
 import pytest
@@ -24,6 +25,7 @@ from kd.losses import (
     SoftCrossEntropy,
     SoftMAE,
 )
+from kd.losses.__main__ import main as list_losses
 from kd.losses.features import cosine_distance
 from kd.losses.kl import kl_divergence
 from kd.outputs import Batch, Outputs
@@ -243,6 +245,51 @@ def test_every_loss_lists_its_paper(name):
     words = inspect.getdoc(LOSSES[name]).splitlines()[0]
     assert len(words) <= 120
     assert "http" in inspect.getdoc(sys.modules[LOSSES[name].__module__]) or not LOSSES[name].needs_teacher
+
+
+def test_the_list_has_every_loss_with_one_line_and_its_paper(capsys):
+    assert list_losses() == 0
+    entries = re.split(r"\n(?=\w)", capsys.readouterr().out.rstrip())
+    assert [entry.split()[0] for entry in entries] == list(LOSSES)
+    for entry, loss in zip(entries, LOSSES.values(), strict=True):
+        what, *paper = entry.splitlines()
+        assert inspect.getdoc(loss).splitlines()[0] in what
+        assert ("[global batch]" in what) == loss.sees_batch
+        assert len(paper) == loss.needs_teacher  # those of labels alone have none
+        assert all("http" in line for line in paper)
+
+
+# The papers' or the usual comparison's; a weight that is not here is 1.
+WEIGHTS = {"AT": 1000, "CC": 0.02, "CRD": 0.8, "CTKD": 0.9, "CWD": 50, "FitNet": 100, "FSP": 50, "FT": 200, "ICKD": 2.5}
+WEIGHTS |= {"MGD": 7e-5, "MLKD": 0.9, "NST": 50, "OFD": 1e-3, "PKT": 3e4, "ReviewKD": 5, "SP": 3000}
+DEFAULTS = {
+    "AB": {"margin": 1},
+    "AT": {"power": 2},
+    "CC": {"dimension": 128, "train_teacher_embedding": True},
+    "CRD": {"negatives": 16384, "temperature": 0.07, "momentum": 0.5, "dimensions": 128},
+    "CTKD": {"min_temperature": 1, "temperature_range": 20, "warmup_epochs": 10},
+    "CWD": {"temperature": 4},
+    "DIST": {"beta": 2, "gamma": 2, "temperature": 4},
+    "DKD": {"alpha": 1, "beta": 8, "temperature": 4, "warmup_epochs": 20},
+    "FT": {"rate": 0.5},
+    "FitNet": {"kernel_size": 1, "batch_norm": True},
+    "IRG": {"vertex_weight": 0.1, "edge_weight": 5, "transformation_weight": 5},
+    "KL": {"temperature": 4},
+    "MGD": {"mask": "pixels", "mask_ratio": 0.5},
+    "MLKD": {"temperatures": (2, 3, 4, 5, 6)},
+    "NKD": {"gamma": 1.5, "temperature": 1},
+    "RKD": {"distance_weight": 25, "angle_weight": 50},
+    "ReviewKD": {"mid_channels": None, "levels": (4, 2, 1), "warmup_epochs": 20},
+    "VID": {"initial_variance": 5, "epsilon": 1e-5},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_defaults_are_the_published_ones(name):
+    parameters = inspect.signature(LOSSES[name]).parameters
+    assert parameters["weight"].default == WEIGHTS.get(name, 1)
+    for key, expected in DEFAULTS.get(name, {}).items():
+        assert parameters[key].default == expected, key
 
 
 def test_feature_distances_equal_loops():

@@ -221,8 +221,9 @@ def correlation(train_teacher_embedding=True):
     return loss.double()
 
 
-def test_cc_equals_loops():
-    student, teacher = two()
+@pytest.mark.parametrize("size", [2, 6])
+def test_cc_equals_loops(size):
+    student, teacher = two(size)
     loss = correlation()
     gaps = [
         [abs(gap) for gap in minus(embedded(s, loss.student_embedding), embedded(t, loss.teacher_embedding))]

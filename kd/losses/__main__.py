@@ -9,16 +9,17 @@ from kd.losses import LOSSES
 
 
 def main() -> int:
-    """Print each loss's name, what it is in one line, and the first paragraph of its file where that is its paper.
+    """Print each loss's name, what it is in one line, and its paper, the first paragraph of its file with an address.
 
     [global batch] marks those that compare the images of a batch with each other: of all processes, with gradients.
     """
     width = max(map(len, LOSSES))
     for name, loss in LOSSES.items():
         what = inspect.getdoc(loss).splitlines()[0]
-        paper = " ".join(inspect.getdoc(sys.modules[loss.__module__]).split("\n\n")[0].split())
+        paragraphs = inspect.getdoc(sys.modules[loss.__module__]).split("\n\n")
+        paper = next((" ".join(paragraph.split()) for paragraph in paragraphs if "http" in paragraph), "")
         print(f"{name:{width}}  {what}{' [global batch]' if loss.sees_batch else ''}")
-        if "http" in paper:
+        if paper:
             print(f"{'':{width}}  {paper}")
     return 0
 

@@ -15,6 +15,9 @@ class BatchNorm(nn.BatchNorm2d):
 
     One value a channel, an image alone with a 1x1 map, has no deviation. It is normalized by the running statistics,
     which it leaves as they are; PyTorch refuses it.
+
+    Of several processes each normalizes its own images, as the networks' batch norms do, and the first's running
+    statistics are kept; `sync_batch_norm` makes all of them see the global batch.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
 """Learning Deep Representations with Probabilistic Knowledge Transfer. Passalis, Tefas. 2018.
-
 https://arxiv.org/abs/1803.10837
 
 From each image of a batch, the others are more or less probable as neighbours: the kernel (cos + 1) / 2 of the two
