@@ -1,4 +1,4 @@
-"""What the loop measures of itself: sums on the device, read once a log interval; the first step that went wrong."""
+"""What the loop measures of itself: terms on the device, read once a log interval; the first step that went wrong."""
 
 from __future__ import annotations
 
@@ -14,39 +14,56 @@ from kd.parallel import is_shared_out
 
 
 class Meter:
-    """Sums of the loss terms on the device, read once a log interval; remembers the first step that was not finite."""
+    """Means of the loss terms, which are read once a log interval; remembers the first step that was not finite."""
 
     def __init__(self, names: list[str], device: torch.device, sums: dict, is_main: bool):
         self.names = [*names, "loss"]
-        self._sums = torch.zeros(
-            len(self.names) + 1, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64
-        )
-        self._bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._device = device
+        self._kept: list[tuple[list[Tensor], int, int]] = []  # terms, images, step
+        self._sums = dict.fromkeys((*self.names, "images"), 0.0)
+        self._bad = -1
         self._epoch = dict(sums.get("epoch", {}))
         self._interval_start, self._epoch_images, self._epoch_start = time.perf_counter(), 0.0, time.perf_counter()
         if "interval" in sums and is_main:
-            self._sums += torch.tensor(
-                [sums["interval"][name] for name in (*self.names, "images")], dtype=self._sums.dtype, device=device
-            )
+            self._sums = {name: sums["interval"][name] for name in self._sums}
 
     def add(self, terms: dict[str, Tensor], num_images: int, step: int) -> None:
-        values = torch.stack([term.detach() for term in terms.values()])
-        total = values.sum()
-        if num_images:
-            self._sums[:-1] += torch.cat([values, total[None]]) * num_images
-            self._sums[-1] += num_images
-        self._bad = torch.where((self._bad < 0) & ~total.isfinite(), step + 1, self._bad)
+        """Keep a step's terms; nothing is computed or read yet, so that a step costs next to nothing."""
+        self._kept.append(([term.detach() for term in terms.values()], num_images, step))
+
+    def _read(self) -> None:
+        """Add what was kept to the sums, one step after another: where it is read must not change a bit of them."""
+        if not self._kept:
+            return
+        values = torch.stack([torch.stack(terms) for terms, _, _ in self._kept]).tolist()
+        for row, (_, num_images, step) in zip(values, self._kept, strict=True):
+            row.append(sum(row))
+            if self._bad < 0 and not math.isfinite(row[-1]):
+                self._bad = step + 1
+            if num_images:
+                for name, value in zip(self.names, row, strict=True):
+                    self._sums[name] += value * num_images
+                self._sums["images"] += num_images
+        self._kept.clear()
+
+    def _summed(self, accelerator) -> dict[str, float]:
+        """The open sums over all processes."""
+        self._read()
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64
+        mine = torch.tensor(list(self._sums.values()), dtype=dtype, device=self._device)
+        return dict(zip(self._sums, accelerator.reduce(mine, "sum").tolist(), strict=True))
 
     def check(self, accelerator, lr: float, saved_step: int | None) -> None:
         """Raise a UserError, on all processes, if any step since the start was not finite on any of them."""
-        bad = [step for step in accelerator.gather(self._bad[None]).tolist() if step >= 0]
+        self._read()
+        bad = accelerator.gather(torch.tensor([self._bad], device=self._device)).tolist()
+        bad = [step for step in bad if step >= 0]
         if bad:
             raise not_finite("the loss is", min(bad), lr, saved_step)
 
     def state(self, accelerator) -> dict:
         """The open sums over all processes, for the checkpoint."""
-        interval = accelerator.reduce(self._sums.clone(), "sum").tolist()
-        return {"interval": dict(zip((*self.names, "images"), interval, strict=True)), "epoch": self._epoch}
+        return {"interval": self._summed(accelerator), "epoch": self._epoch}
 
     def flush(self, accelerator, lr: float, saved_step: int | None, norm: Tensor) -> dict[str, float | None]:
         """The terms' means over the interval's images, over all processes; starts the next interval.
@@ -54,18 +71,19 @@ class Meter:
         With them the norm of the last step's gradient, None where fp16 has overflowed, and the memory held at most.
         """
         self.check(accelerator, lr, saved_step)
-        *sums, images = accelerator.reduce(self._sums.clone(), "sum").tolist()
-        for name, value in zip((*self.names, "images"), (*sums, images), strict=True):
+        sums = self._summed(accelerator)
+        images = sums["images"]
+        for name, value in sums.items():
             self._epoch[name] = self._epoch.get(name, 0.0) + value
         now = time.perf_counter()
-        row = {f"train/{name}": value / images for name, value in zip(self.names, sums, strict=True)}
+        row = {f"train/{name}": sums[name] / images for name in self.names}
         norm = (norm.full_tensor() if is_shared_out(norm) else norm).item()
         row["gradient_norm"] = norm if math.isfinite(norm) else None
         row["images_per_second"] = images / (now - self._interval_start)
-        row["peak_memory_mb"] = peak_memory_mb(self._sums.device)
+        row["peak_memory_mb"] = peak_memory_mb(self._device)
         self._epoch_images += images
         self._interval_start = now
-        self._sums.zero_()
+        self._sums = dict.fromkeys(self._sums, 0.0)
         return row
 
     def end_epoch(self) -> dict[str, float]:

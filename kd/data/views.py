@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
+import torch
 from torch import Tensor
 
 from kd import keyed
@@ -85,6 +86,8 @@ class Views:
         Args:
             index: int64 (B,), the images' places, on the CPU.
         """
+        if self.plain:
+            return index, torch.zeros_like(index)  # the only view: nothing is drawn
         if self.views_per_image:
             first = keyed.integers(keyed.keys(keyed.key(seed, NUMBER), index), self.views_per_image)
             numbers = (first + epoch) % self.views_per_image

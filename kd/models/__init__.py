@@ -86,13 +86,10 @@ class Classifier(nn.Module):
         for dropout in self._dropouts:
             dropout.keys = keys
         self._taps.clear()
+        prepared = self.preprocess(images)
         if self._any_order and (images.device.type == "cpu" or torch.is_autocast_enabled(images.device.type)):
             # Convolutions follow their input's order in memory; this one is faster on CPUs and in half precision.
-            if self.preprocess.view.resize is None:  # bytes are quicker to reorder; resizing is slower in this order
-                images = images.contiguous(memory_format=torch.channels_last)
-            prepared = self.preprocess(images).contiguous(memory_format=torch.channels_last)
-        else:
-            prepared = self.preprocess(images)
+            prepared = prepared.contiguous(memory_format=torch.channels_last)
         return Outputs(self.network(prepared), self._taps.take())
 
     def forward(self, images: Tensor) -> Tensor:
