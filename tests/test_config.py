@@ -7,6 +7,7 @@ import yaml
 from conftest import SMALL
 
 from kd.config import DistillConfig, TeacherConfig
+from kd.errors import UserError
 from kd.parse import differing_fields, parse
 
 
@@ -150,6 +151,35 @@ def test_a_run_of_an_earlier_version_goes_on():
     assert [text.split()[0] for text in differing_fields(old, new)] == ["data.flip", "losses"]
     new["reuse_head"] = True
     assert [text.split()[0] for text in differing_fields(old, new)] == ["data.flip", "losses", "reuse_head"]
+
+
+def test_one_loss_of_a_recipe_is_changed_by_its_name():
+    recipe = ["--config", "recipes/digits/kd.yaml"]
+    flags = ["--losses.KL.temperature=8", "--losses.CrossEntropy.weight", "1e-05", "--losses.KL.standardize=True"]
+    changed = parse(DistillConfig, [*flags, *recipe])
+    assert losses(changed) == [("KL", 0.9, 8.0), ("CrossEntropy", 1e-05, None)]
+    assert changed.losses[0].standardize is True
+    kept = changed.resolved["losses"]
+    assert kept[0]["init_args"] == {"temperature": 8.0, "standardize": True, "weight": 0.9}
+    both = parse(DistillConfig, [*recipe, "--losses+=KL", "--losses.KL.weight=3"])
+    assert losses(both) == [("KL", 3, 4.0), ("CrossEntropy", 0.1, None), ("KL", 3, 4.0)]
+    for flags, message in (
+        (["--losses.DKD.beta=1"], "'DKD'; known: CrossEntropy, KL"),
+        (["--losses.KL.temprature=1"], "did you mean 'temperature'"),
+        (["--losses.KL.temperature=hot"], "it takes float"),
+        (["--losses.KL.temperature=-1"], "must be a finite number above 0"),
+        (["--losses.KL.temperature"], "has no value"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse(DistillConfig, [*recipe, *flags])
+
+
+def test_output_dir_takes_names_of_the_environment(monkeypatch):
+    monkeypatch.setenv("MY_RUN", "seven")
+    config = parse(TeacherConfig, ["--output_dir", "runs/$MY_RUN/${MY_RUN}_b"])
+    assert config.output_dir == config.resolved["output_dir"] == "runs/seven/seven_b"
+    with pytest.raises(UserError, match=r"\$NO_RUN is not set"):
+        parse(TeacherConfig, ["--output_dir", "runs/$NO_RUN"])
 
 
 def test_freed_memory_is_kept_on_a_cpu_only(monkeypatch):

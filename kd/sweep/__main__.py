@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
     study = Study(sweep, Path(probe.output_dir).parent, arguments.seed)
     failures = []
-    while (trial := study.next_trial(limit)) is not None:
+    while limit != 0 and (trial := study.next_trial(limit)) is not None:  # 0 only shows the table
         failure = _run(sweep, study, trial)
         failures = [*failures, failure] if failure else []
         if len(failures) == MAX_FAILURES:
