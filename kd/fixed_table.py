@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -59,23 +60,33 @@ def _build(kind: str, folder: Path, ask, split: Split, first: dict[str, Tensor],
     shutil.rmtree(folder, ignore_errors=True)
     aside.mkdir()
     try:
-        tables = {name: np.empty((len(split), *value.shape[1:]), np.float32) for name, value in first.items()}
         starts = range(0, len(split), BATCH_SIZE)
         wheres = [np.arange(start, min(start + BATCH_SIZE, len(split))) for start in starts]
         read = split.batches(wheres, accelerator.device)
-        for where in tqdm(wheres, desc=kind, unit="batch", disable=None, leave=False):
-            with accelerator.autocast():
-                said = ask(next(read)[0])
-            for name, value in said.items():
-                tables[name][where] = value.float().cpu().numpy()
-        digests = {}
-        for i, (name, table) in enumerate(tables.items()):
-            np.save(aside / f"{i}.npy", table)
-            digests[name] = hashlib.sha256((aside / f"{i}.npy").read_bytes()).hexdigest()
+        with ExitStack() as opened:  # rows are written as they come, so that a table may exceed the memory
+            files = {name: opened.enter_context(open(aside / f"{i}.npy", "wb")) for i, name in enumerate(first)}
+            for name, file in files.items():
+                header = {"descr": "<f4", "fortran_order": False, "shape": (len(split), *first[name].shape[1:])}
+                np.lib.format.write_array_header_1_0(file, header)
+            for _ in tqdm(wheres, desc=kind, unit="batch", disable=None, leave=False):
+                with accelerator.autocast():
+                    said = ask(next(read)[0])
+                for name, value in said.items():
+                    files[name].write(value.float().cpu().numpy().astype("<f4").tobytes())
+        digests = {name: _digest(Path(file.name)) for name, file in files.items()}
         (aside / "meta.json").write_text(json.dumps(digests))
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    """The file's SHA-256, read in parts."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _read(folder: Path) -> dict[str, np.ndarray] | None:
@@ -85,7 +96,7 @@ def _read(folder: Path) -> dict[str, np.ndarray] | None:
     try:
         rows = {}
         for i, (name, digest) in enumerate(json.loads((folder / "meta.json").read_text()).items()):
-            if hashlib.sha256((folder / f"{i}.npy").read_bytes()).hexdigest() != digest:
+            if _digest(folder / f"{i}.npy") != digest:
                 raise ValueError(f"{i}.npy does not have its checksum")
             rows[name] = np.load(folder / f"{i}.npy", mmap_mode="r")
         return rows
