@@ -11,7 +11,7 @@ RUNS := runs/digits
 # Without byte code each start of Python compiles torch anew, which takes longer than the demo.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo cifar10 test test-slurm quick lint clean
+.PHONY: demo cifar10 benchmark test test-slurm quick lint clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: requirements.txt
@@ -43,6 +43,13 @@ cifar10: $(VENV)/.installed
 			--output_dir $$run/$$name $(ARGS) || exit; done; done
 	$(BIN)/python evaluate.py $(foreach seed,$(SEEDS),$(addprefix runs/cifar10/seed_$(seed)/,$(CIFAR10))) \
 		--report runs/cifar10/report
+
+# Speed, in about 25 minutes on two cores; docs/speed.md says more. PEERS: a Python that has torchdistill and timm.
+PHOTOS ?= stl10
+TEACHER ?= runs/cifar10/teacher
+PEERS ?= $(BIN)/python
+benchmark: $(VENV)/.installed
+	$(BIN)/python benchmarks/run.py --cifar10 $(DATA) --stl10 $(PHOTOS) --teacher $(TEACHER) --peers_python $(PEERS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slurm"

@@ -3,17 +3,23 @@
 
     python benchmarks/growth.py                       # all of it
     python benchmarks/growth.py --axes classes taps
-    python benchmarks/growth.py --axes memory --limit_mb 1500      # Linux, as root: a cgroup holds the limit
+    python benchmarks/growth.py --axes memory --limit_mb 1500
 
 Each row is one `distill.py` run of light_nn on random images, in a process of its own: milliseconds a step (the median
-of its log intervals but the first), seconds from the start of the script to the first step with images decoded and
-tables made before, and the peak of resident memory. Rows of an axis are measured in turns, so that other work on the
-machine falls on all of them.
+of its log intervals but the first), seconds from the start of the script to the first step, once with nothing made
+before (images decoded, the teacher asked) and once with everything found, and the second's peak of resident memory.
+The teacher is asked at each step in the axes teachers and taps, where its own cost is the question, and has a table in
+the others. Rows of an axis are measured in turns, so that other work on the machine falls on all of them.
+
+memory: the decoded images, and again the table of a tapped feature, exceed a limit on memory within which the run must
+decode, ask the teacher and train. The limit is a memory cgroup's where this user may make one; it counts pages of
+mapped files too, which the kernel drops when it must. Elsewhere it is RLIMIT_DATA, which does not count them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -25,8 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from common import about, child, median, write  # noqa: E402
-from limit import images_folder, make_teacher  # noqa: E402
+from common import about, call, child, make_teacher, median, random_images, record  # noqa: E402
 
 AXES = {
     "images": [1_000, 4_000, 16_000, 64_000],
@@ -37,146 +42,178 @@ AXES = {
 }
 BASE = {"images": 4_000, "classes": 10, "teachers": 1, "taps": 0, "processes": 1}
 TAPPED = ("features.0", "features.2", "features.3")
-BATCH, EPOCHS, LOG_EVERY = 128, 3, 5
+BATCH, LOG_EVERY = 128, 5
 
 
-def one(source: str, teachers: int, taps: int, teacher: str, precompute: str) -> dict:
-    """One run: milliseconds a step, seconds to the first step, peak of resident memory in MB."""
-    began = time.perf_counter()
-    from distill import main
+def _peak_mb() -> float:
+    """The most resident memory that this process has had, in MB of 10^6 bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1) / 1e6
 
+
+def _terms(taps: int) -> str:
     terms = [{"class_path": "KL", "init_args": {"weight": 0.9}}, {"class_path": "CrossEntropy"}]
     for name in TAPPED[:taps]:
         terms.append({"class_path": "FeatureDistance", "init_args": {"student_tap": name, "teacher_tap": name}})
-    rank = int(os.environ.get("RANK", "0"))
-    with tempfile.TemporaryDirectory() as folder:
-        shared = os.environ.get("KD_BENCH_FOLDER", folder)
-        names = json.dumps([teacher] * teachers) if teachers > 1 else teacher
-        arguments = ["--student", "light_nn", "--teacher", names, "--data.source", source, "--data.val_fraction", 0]
-        arguments += ["--losses", json.dumps(terms), "--data.batch_size", BATCH, "--epochs", EPOCHS]
-        arguments += ["--log_every", LOG_EVERY, "--output_dir", f"{shared}/run", "--overwrite", "true"]
-        arguments += ["--report_to", "none", "--precompute", precompute]
-        import kd.fit
+    return json.dumps(terms)
 
-        ready, fit = [], kd.fit.fit
 
-        def timed(*given):
-            ready.append(time.perf_counter())
-            return fit(*given)
+def one(source: str, teachers: int, taps: int, teacher: str, precompute: str, steps: int, folder: str) -> dict:
+    """One run: milliseconds a step, seconds to the first step, peak of resident memory; nothing on other ranks."""
+    began = time.perf_counter()
+    names = json.dumps([teacher] * teachers) if teachers > 1 else teacher
+    arguments = ["--student", "light_nn", "--teacher", names, "--data.source", source, "--data.val_fraction", 0]
+    arguments += ["--losses", _terms(taps), "--data.batch_size", BATCH, "--max_steps", steps, "--epochs", 10_000]
+    arguments += ["--log_every", LOG_EVERY, "--output_dir", f"{folder}/run", "--overwrite", "true"]
+    import kd.fit
 
-        kd.fit.fit = timed
-        sys.stdout = sys.stderr
-        status = main([str(argument) for argument in arguments])
-        sys.stdout = sys.__stdout__
-        assert status == 0, status
-        rows = [json.loads(line) for line in Path(shared, "run/metrics.jsonl").read_text().splitlines()]
+    ready, fit = [], kd.fit.fit
+
+    def timed(*given):
+        ready.append(time.perf_counter())
+        return fit(*given)
+
+    kd.fit.fit = timed
+    try:
+        call("distill", [*arguments, "--precompute", precompute])
+    finally:
+        kd.fit.fit = fit
+    if os.environ.get("RANK", "0") != "0":
+        return {}
+    rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
     speeds = [row["images_per_second"] for row in rows if "images_per_second" in row][1:]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
-    result = {"ms_per_step": 1000 * BATCH / median(speeds), "seconds_to_first_step": ready[0] - began, "peak_mb": peak}
-    return result if rank == 0 else {}
+    waited = ready[0] - began
+    return {"ms_per_step": 1000 * BATCH / median(speeds), "seconds_to_first_step": waited, "peak_mb": _peak_mb()}
 
 
-def measure(axis: str, rounds: int, folder: Path) -> list[dict]:
+def measure(axis: str, values: list[int], rounds: int, steps: int, folder: Path, out: Path | None) -> dict:
     """The rows of one axis, in turns."""
-    settings = [{**BASE, axis: value} for value in AXES[axis]]
+    machine, settings = about(), [{**BASE, axis: value} for value in values]
+    own = {"KD_CACHE": str(folder / "cache")}
     for setting in settings:
         place = folder / f"{setting['images']}_{setting['classes']}"
         if not place.is_dir():
-            place.mkdir(parents=True)
-            images_folder(place, setting["images"], 32, setting["classes"])
-            child("growth.py", "teacher", place)
-        setting.update(source=str(place / "set"), teacher=str(place / "teacher"), runs=[])
-    # a live teacher where the teacher's own cost is the question
-    precompute = "never" if axis in ("teachers", "taps") else "auto"
-    for turn in range(rounds + 1):  # the first one decodes and asks the teacher
+            random_images(place / "set", setting["images"], 32, setting["classes"])
+            child(
+                "growth.py", "teacher", place, "light_nn", place / "set", environment={"KD_CACHE": str(place / "own")}
+            )
+        setting.update(source=str(place / "set"), teacher=str(place / "teacher"), first=None, runs=[])
+    precompute = "never" if axis in ("teachers", "taps") else "always"
+    for _ in range(rounds + 1):  # the first turn decodes and asks the teacher, where no earlier row has
         for setting in settings:
-            given = ("one", setting["source"], setting["teachers"], setting["taps"], setting["teacher"], precompute)
-            own = {"KD_CACHE": str(folder / "cache"), "KD_BENCH_FOLDER": str(folder)}
-            run = child("growth.py", *given, processes=setting["processes"], environment=own)
-            if turn:
+            given = (setting["source"], setting["teachers"], setting["taps"], setting["teacher"], precompute, steps)
+            run = child("growth.py", "one", *given, folder, processes=setting["processes"], environment=own)
+            if setting["first"] is None:
+                setting["first"] = run
+            else:
                 setting["runs"].append(run)
     rows = []
     for setting in settings:
-        runs = setting["runs"]
-        row = {axis: setting[axis], **{key: median([run[key] for run in runs]) for key in runs[0]}}
+        row = {axis: setting[axis], **{key: median([run[key] for run in setting["runs"]]) for key in setting["first"]}}
+        # rows that share a set find what the first of them made
+        row["cold_seconds"] = setting["first"]["seconds_to_first_step"] if axis in ("images", "classes") else None
         rows.append(row)
         print(
             f"{axis:10} {setting[axis]:>7,}  {row['ms_per_step']:8.1f} ms/step  "
             f"{row['seconds_to_first_step']:6.1f} s to the first step  {row['peak_mb']:7.0f} MB peak",
             flush=True,
         )
-    return rows
+    entry = {**machine, "rounds": rounds, "steps": steps, "batch_size": BATCH, "rows": rows}
+    record("growth", axis, entry, out)
+    return entry
 
 
-def within_memory(limit_mb: int, folder: Path) -> dict:
-    """A set whose decoded images exceed a memory limit, decoded and trained on within it.
-
-    The limit is a memory cgroup's: it counts the pages of mapped files too, which the kernel drops when it must.
-    """
-    side, count = 96, limit_mb * 2**20 * 3 // 2 // (3 * 96 * 96)
-    group = Path("/sys/fs/cgroup/memory") / f"kd-benchmark-{os.getpid()}"
-    if not group.parent.is_dir() or not os.access(group.parent, os.W_OK):
-        raise SystemExit("error: --axes memory needs a writable /sys/fs/cgroup/memory (cgroup 1, as root)")
-    source = images_folder(folder / "large", count, side)
-    group.mkdir()
-    try:
-        (group / "memory.limit_in_bytes").write_text(str(limit_mb * 2**20))
-        (group / "tasks").write_text(str(os.getpid()))  # children are born in it
-        run = child("growth.py", "decode", source, folder / "large/cache", environment={"OMP_NUM_THREADS": "1"})
-        peak = int((group / "memory.max_usage_in_bytes").read_text()) / 2**20
-    finally:
-        (group.parent / "tasks").write_text(str(os.getpid()))
+@contextlib.contextmanager
+def memory_group(limit_bytes: int):
+    """The folder of a new memory cgroup (version 1 or 2) with this limit, or None where none can be made."""
+    name = f"kd-benchmark-{os.getpid()}"
+    for parent, file in (
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+        (Path("/sys/fs/cgroup"), "memory.max"),
+    ):
+        group = parent / name
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        if (group / file).exists():
+            (group / file).write_text(str(limit_bytes))
+            try:
+                yield group
+            finally:
+                group.rmdir()
+            return
         group.rmdir()
-    row = {"limit_mb": limit_mb, "decoded_mb": count * 3 * side * side / 2**20, "images": count, **run}
-    print(f"memory: {row['decoded_mb']:.0f} MB of decoded images within {limit_mb} MB (peak {peak:.0f} MB): {run}")
-    return {**row, "cgroup_peak_mb": peak}
+    yield None
 
 
-def decode_and_train(source: str, cache: str) -> dict:
-    """Decode the whole set and take 20 steps; seconds of both."""
-    from train_teacher import main
+def within_memory(limit_mb: int, folder: Path, out: Path | None) -> dict:
+    """A set and a table larger than a limit on memory: decoded, asked and trained on within it."""
+    machine, side = about(), 96
+    count = int(1.5 * limit_mb * 1e6 / (3 * side * side))
+    source = random_images(folder / "large/set", count, side)
+    small = random_images(folder / "large/few", 100, 32)  # a teacher of its own: the large set is decoded in the limit
+    quiet = {"KD_CACHE": str(folder / "large/own")}
+    teacher = child("growth.py", "teacher", folder / "large", "light_nn", small, environment=quiet)["run"]
+    cache = folder / "large/cache"
+    with memory_group(int(limit_mb * 1e6)) as group:
+        given = (source, teacher, folder / "large", group or "", int(limit_mb * 1e6))
+        apart = {"KD_CACHE": str(cache), "HF_DATASETS_CACHE": str(folder / "large/hf")}
+        run = child("growth.py", "large", *given, environment=apart)
+        peak = None
+        for name in ("memory.max_usage_in_bytes", "memory.peak"):
+            if group and (group / name).exists():
+                peak = int((group / name).read_text()) / 1e6
+    sizes = {kind: sum(f.stat().st_size for f in (cache / kind).rglob("*.npy")) / 1e6 for kind in ("store", "tables")}
+    entry = {**machine, "limit_mb": limit_mb, "limit": "cgroup" if group else "RLIMIT_DATA", "images": count, **run}
+    entry |= {"store_mb": sizes["store"], "tables_mb": sizes["tables"], "group_peak_mb": peak}
+    print(f"memory: {entry}", flush=True)
+    record("growth", "memory", entry, out)
+    return entry
 
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = ["--model", "light_nn", "--data.source", source, "--data.resize", 32, "--data.cache_dir", cache]
-        arguments += ["--max_steps", 20, "--data.batch_size", BATCH, "--output_dir", f"{folder}/run"]
-        began = time.perf_counter()
-        sys.stdout = sys.stderr
-        status = main([str(argument) for argument in (*arguments, "--report_to", "none")])
-        sys.stdout = sys.__stdout__
-        assert status == 0, status
-    return {"seconds": time.perf_counter() - began}
+
+def large(source: str, teacher: str, folder: str, group: str, limit_bytes: int) -> dict:
+    """Within the limit: decode the set, ask the teacher for logits and a feature of every image, take 30 steps."""
+    if group:
+        Path(group, "cgroup.procs").write_text(str(os.getpid()))
+    else:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+    began = time.perf_counter()
+    terms = [{"class_path": "FeatureDistance", "init_args": {"student_tap": "features.3", "teacher_tap": "features.3"}}]
+    arguments = ["--student", "light_nn", "--teacher", teacher, "--data.source", source, "--data.val_fraction", 0]
+    arguments += ["--losses", json.dumps(terms), "--data.batch_size", BATCH, "--data.crop", 32, "--max_steps", 30]
+    call("distill", [*arguments, "--precompute", "always", "--output_dir", f"{folder}/run"])
+    return {"seconds": time.perf_counter() - began, "peak_mb": _peak_mb()}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure the axes and write growth.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--axes", nargs="+", default=list(AXES), choices=[*AXES, "memory"])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--axes", nargs="+", default=[*AXES, "memory"], choices=[*AXES, "memory"])
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--most", type=int, help="leave out rows of the axes above this, for a quick look")
     parser.add_argument("--limit_mb", type=int, default=1500, help="of the axis memory")
     parser.add_argument("--out", type=Path, help="folder of the JSON file")
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.child:
         kind, *given = arguments.child
         if kind == "one":
-            result = one(given[0], int(given[1]), int(given[2]), given[3], given[4])
-        elif kind == "decode":
-            result = decode_and_train(*given)
+            result = one(given[0], int(given[1]), int(given[2]), given[3], given[4], int(given[5]), given[6])
+        elif kind == "large":
+            result = large(*given[:4], int(given[4]))
         else:
-            sys.stdout = sys.stderr
-            result = {"run": make_teacher(f"{given[0]}/set", Path(given[0]), "light_nn")}
-            sys.stdout = sys.__stdout__
+            result = {"run": make_teacher(*given)}
         if result:
             print(json.dumps(result), flush=True)
         return 0
-    machine, axes = about(), {}
     with tempfile.TemporaryDirectory() as folder:
         for axis in arguments.axes:
             if axis == "memory":
-                axes[axis] = within_memory(arguments.limit_mb, Path(folder))
-            else:
-                axes[axis] = measure(axis, arguments.rounds, Path(folder))
-    write("growth", {**machine, "rounds": arguments.rounds, "axes": axes}, arguments.out)
+                within_memory(arguments.limit_mb, Path(folder), arguments.out)
+                continue
+            values = [value for value in AXES[axis] if value <= (arguments.most or value)]
+            measure(axis, values, arguments.rounds, arguments.steps, Path(folder), arguments.out)
     return 0
 
 

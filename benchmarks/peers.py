@@ -10,69 +10,66 @@ ours          distill.py; its own choice of table or live teacher, counted from 
 torchdistill  its DistillationBox with KDLoss, as in its example script: `loss.item()` at each step, 2 workers
 timm          its LogitDistillationTask with its loader, as in its train.py with --channels-last, 2 workers
 
+On a GPU timm's precision is that of its --amp with bfloat16. torchdistill keeps no teacher outputs in this form.
+
 Jobs: cifar (resnet20 teaches resnet8, 32x32, padded crop and flip), cifar_fixed (the same without random views) and
-224 (ResNet-18 teaches MobileNetV3-small, resized to 256 and cropped to 224). Sides alternate; the images are decoded
-before.
+224 (ResNet-18 teaches MobileNetV3-small, resized to 256 and cropped to 224). Sides alternate, on a part of the images,
+which are decoded before; timm leaves out the last batch unless it is whole.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
-import os
 import shutil
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from common import about, child, median, spread, write  # noqa: E402
+from common import (  # noqa: E402
+    about,
+    child,
+    make_teacher,
+    median,
+    record,
+    seconds_to_last_step,
+    spread,
+    subset,
+)
 
 JOBS = {
     "cifar": {"teacher": "resnet20", "student": "resnet8", "batch_size": 128, "views": "random"},
     "cifar_fixed": {"teacher": "resnet20", "student": "resnet8", "batch_size": 128, "views": "fixed"},
     "224": {"teacher": "resnet18", "student": "mobilenet_v3_small", "batch_size": 64, "views": "fixed"},
 }
+SIZE = ["--data.resize", 256, "--data.crop", 224]
+LOSSES = [
+    {"class_path": "KL", "init_args": {"temperature": 4.0, "weight": 0.9}},
+    {"class_path": "CrossEntropy", "init_args": {"weight": 0.1}},
+]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def ours(job: dict, source: str, images: int, epochs: int, teacher: str) -> float:
+def ours(job: dict, source: str, epochs: int, teacher: str) -> float:
     """Seconds of `distill.py` until its last step."""
-    import kd.conclude
-
-    conclude, ended = kd.conclude.conclude, []
-
-    def timed(*arguments):
-        ended.append(time.perf_counter())
-        return conclude(*arguments)
-
-    kd.conclude.conclude = timed
-    import kd.fit  # before the clock starts, as the peers' imports
-    import kd.precompute
-    import kd.setup
-    from distill import main
-
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--student", job["student"], "--teacher", teacher, "--data.source", source]
-        arguments += ["--data.num_train", images, "--data.val_fraction", 0, "--data.batch_size", job["batch_size"]]
-        arguments += ["--epochs", epochs, "--output_dir", f"{folder}/run", "--report_to", "none"]
-        arguments += ["--optimizer.name", "sgd", "--optimizer.lr", 0.05]
-        if job["teacher"] == "resnet18":
-            arguments += ["--data.resize", 256, "--data.crop", 224]
-        if job["views"] == "random":
-            arguments += ["--data.flip", "true", "--data.pad_crop", 4]
-        began = time.perf_counter()
-        sys.stdout = sys.stderr
-        status = main([str(argument) for argument in arguments])
-        sys.stdout = sys.__stdout__
-        assert status == 0, status
-    return ended[0] - began
+        arguments += ["--data.val_fraction", 0, "--data.batch_size", job["batch_size"], "--epochs", epochs]
+        arguments += ["--optimizer.name", "sgd", "--optimizer.lr", 0.05, "--output_dir", f"{folder}/run"]
+        arguments += ["--losses", json.dumps(LOSSES)]
+        arguments += SIZE if job["teacher"] == "resnet18" else []
+        arguments += ["--data.flip", "true", "--data.pad_crop", 4] if job["views"] == "random" else []
+        return seconds_to_last_step("distill", arguments)
 
 
-def _pieces(job: dict, source: str, images: int, teacher: str):
+def _pieces(job: dict, source: str, teacher: str):
     """What both peers take: a data set of PIL images, its transform, the two networks, the device."""
     import torch
     from PIL import Image
@@ -83,7 +80,7 @@ def _pieces(job: dict, source: str, images: int, teacher: str):
     from kd.data import load_data
     from kd.models import View, build_classifier
 
-    split = load_data(DataConfig(source=source, val_fraction=0, num_train=images)).train
+    split = load_data(DataConfig(source=source, val_fraction=0)).train
     pixels = split.store.images[split.places].transpose(0, 2, 3, 1).copy()
     steps = [transforms.Resize(256), transforms.CenterCrop(224)] if job["teacher"] == "resnet18" else []
     if job["views"] == "random":
@@ -107,12 +104,12 @@ def _pieces(job: dict, source: str, images: int, teacher: str):
     return Images(), transform, kd.load(teacher).network, student, device
 
 
-def torchdistill(job: dict, source: str, images: int, epochs: int, teacher: str) -> float:
+def torchdistill(job: dict, source: str, epochs: int, teacher: str) -> float:
     """Seconds of torchdistill's box in the loop of its image classification example."""
     import torch
     from torchdistill.core.distillation import DistillationBox
 
-    dataset, _, teacher_network, student, device = _pieces(job, source, images, teacher)
+    dataset, _, teacher_network, student, device = _pieces(job, source, teacher)
     loader = {"random_sample": True, "kwargs": {"batch_size": job["batch_size"], "num_workers": 2}}
     sampler = {"class_or_func": torch.utils.data.RandomSampler, "kwargs": {}}
     logits = {"student_module_path": ".", "student_module_io": "output"}
@@ -143,13 +140,13 @@ def torchdistill(job: dict, source: str, images: int, epochs: int, teacher: str)
     return time.perf_counter() - began
 
 
-def timm(job: dict, source: str, images: int, epochs: int, teacher: str) -> float:
+def timm(job: dict, source: str, epochs: int, teacher: str) -> float:
     """Seconds of timm's distillation task in the loop of its training script."""
     import torch
     from timm.data import create_loader
     from timm.task import LogitDistillationTask
 
-    dataset, transform, teacher_network, student, device = _pieces(job, source, images, teacher)
+    dataset, transform, teacher_network, student, device = _pieces(job, source, teacher)
     side = 224 if job["teacher"] == "resnet18" else 32
     for network in (teacher_network, student):
         network.num_classes, network.in_chans = 10, 3
@@ -172,7 +169,8 @@ def timm(job: dict, source: str, images: int, epochs: int, teacher: str) -> floa
         task.train()
         for step, (pixels, labels) in enumerate(loader):
             pixels = pixels.to(device, memory_format=torch.channels_last)
-            value = task(pixels, labels.to(device))["loss"]
+            with torch.autocast(device.type, torch.bfloat16, enabled=prefetch):  # its --amp; slower on a CPU
+                value = task(pixels, labels.to(device))["loss"]
             value.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -184,16 +182,28 @@ def timm(job: dict, source: str, images: int, epochs: int, teacher: str) -> floa
 SIDES = {"ours": ours, "torchdistill": torchdistill, "timm": timm}
 
 
-def make_teacher(job: dict, source: str, folder: str) -> str:
-    """A run folder of one step: what a teacher says does not change what a step costs."""
-    from train_teacher import main
-
-    arguments = ["--model", job["teacher"], "--data.source", source, "--max_steps", 1, "--data.batch_size", 16]
-    arguments += ["--output_dir", f"{folder}/teacher", "--report_to", "none"]
-    if job["teacher"] == "resnet18":
-        arguments += ["--data.resize", 256, "--data.crop", 224]
-    main([str(argument) for argument in arguments])
-    return f"{folder}/teacher"
+def measure(name: str, source: str, images: int, epochs: int, sides: list[str], rounds: int, out: Path | None) -> dict:
+    """Rounds of the sides in alternation; seconds of each."""
+    job, machine = JOBS[name], about()
+    with tempfile.TemporaryDirectory() as folder:
+        small = subset(source, Path(folder, "set"), images, 100)
+        own = {"KD_CACHE": f"{folder}/cache"}
+        size = SIZE if job["teacher"] == "resnet18" else []
+        teacher = child("peers.py", "teacher", folder, job["teacher"], small, *size, environment=own)["run"]
+        seconds: dict[str, list[float]] = {side: [] for side in sides}
+        for _ in range(rounds):
+            for side in sides:
+                shutil.rmtree(f"{folder}/cache/tables", ignore_errors=True)  # ours asks the teacher anew
+                seconds[side].append(child("peers.py", side, name, small, epochs, teacher, environment=own)["seconds"])
+                print(f"{name:12} {side:13} {seconds[side][-1]:.2f} s", flush=True)
+            entry = {**machine, **job, "images": images, "epochs": epochs, "seconds": seconds}
+            entry["packages"] = {side: version(side) for side in sides if side != "ours"}
+            record("peers", name, entry, out)
+    for side, values in seconds.items():
+        ratio = median([value / own for value, own in zip(values, seconds["ours"], strict=True)])
+        speed = images * epochs / median(values)
+        print(f"{name:12} {side:13} seconds {spread(values)}, {speed:,.0f} images/s, {ratio:.2f} times ours")
+    return entry
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,39 +213,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
     parser.add_argument("--cifar10", default="cifar10", help="data.source of the jobs at 32x32")
     parser.add_argument("--stl10", default="stl10", help="data.source of the job at 224x224")
-    parser.add_argument("--images", type=int, default=5000, help="training images at 32x32; a tenth of it at 224x224")
+    parser.add_argument("--images", type=int, default=2048, help="training images at 32x32")
+    parser.add_argument("--large_images", type=int, default=192, help="training images at 224x224")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="folder of the JSON file")
-    parser.add_argument("--child", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.child:
-        side, job, source, images, epochs, teacher = arguments.child
+        side, *given = arguments.child
         if side == "teacher":
-            sys.stdout = sys.stderr
-            print(json.dumps({"run": make_teacher(JOBS[job], source, teacher)}), file=sys.__stdout__)
+            print(json.dumps({"run": make_teacher(*given)}))
         else:
-            print(json.dumps({"seconds": SIDES[side](JOBS[job], source, int(images), int(epochs), teacher)}))
+            with contextlib.redirect_stdout(sys.stderr):
+                seconds = SIDES[side](JOBS[given[0]], given[1], int(given[2]), given[3])
+            print(json.dumps({"seconds": seconds}))
         return 0
-    machine, jobs = about(), {}
+    missing = [side for side in arguments.sides if side != "ours" and importlib.util.find_spec(side) is None]
+    if missing:
+        print(f"error: not installed: {', '.join(missing)}; pip install --no-deps {' '.join(missing)}", file=sys.stderr)
+        return 1
     for name in arguments.jobs:
         large = JOBS[name]["teacher"] == "resnet18"
-        source, images = (arguments.stl10, arguments.images // 10) if large else (arguments.cifar10, arguments.images)
-        with tempfile.TemporaryDirectory() as folder:
-            teacher = child("peers.py", "teacher", name, source, images, arguments.epochs, folder)["run"]
-            seconds: dict[str, list[float]] = {side: [] for side in arguments.sides}
-            for _ in range(arguments.rounds):
-                for side in arguments.sides:
-                    cache = Path(os.environ.get("KD_CACHE", "~/.cache/kd")).expanduser()
-                    shutil.rmtree(cache / "tables", ignore_errors=True)
-                    given = (side, name, source, images, arguments.epochs, teacher)
-                    seconds[side].append(child("peers.py", *given)["seconds"])
-        jobs[name] = {"images": images, "epochs": arguments.epochs, "seconds": seconds}
-        for side, values in seconds.items():
-            ratio = median([value / own for value, own in zip(values, seconds["ours"], strict=True)])
-            speed = images * arguments.epochs / median(values)
-            print(f"{name:12} {side:13} seconds {spread(values)}, {speed:,.0f} images/s, {ratio:.2f} times ours")
-    write("peers", {**machine, "rounds": arguments.rounds, "jobs": jobs}, arguments.out)
+        source, images = (arguments.stl10, arguments.large_images) if large else (arguments.cifar10, arguments.images)
+        sides = ["ours", *(side for side in arguments.sides if side != "ours")]
+        measure(name, source, images, arguments.epochs, sides, arguments.rounds, arguments.out)
     return 0
 
 
