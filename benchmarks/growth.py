@@ -11,7 +11,7 @@ before (images decoded, the teacher asked) and once with everything found, and t
 The teacher is asked at each step in the axes teachers and taps, where its own cost is the question, and has a table in
 the others. Rows of an axis are measured in turns, so that other work on the machine falls on all of them.
 
-memory: the decoded images, and again the table of a tapped feature, exceed a limit on memory within which the run must
+memory: the decoded images, and again the table of tapped features, exceed a limit on memory within which the run must
 decode, ask the teacher and train. The limit is a memory cgroup's where this user may make one; it counts pages of
 mapped files too, which the kernel drops when it must. Elsewhere it is RLIMIT_DATA, which does not count them.
 """
@@ -151,9 +151,13 @@ def within_memory(limit_mb: int, folder: Path, out: Path | None) -> dict:
     machine, side = about(), 96
     count = int(1.5 * limit_mb * 1e6 / (3 * side * side))
     source = random_images(folder / "large/set", count, side)
-    small = random_images(folder / "large/few", 100, 32)  # a teacher of its own: the large set is decoded in the limit
+    small = random_images(
+        folder / "large/few", 100, side
+    )  # a teacher of its own: the large set is decoded in the limit
     quiet = {"KD_CACHE": str(folder / "large/own")}
-    teacher = child("growth.py", "teacher", folder / "large", "light_nn", small, environment=quiet)["run"]
+    teacher = child("growth.py", "teacher", folder / "large", "light_nn", small, "--data.crop", 32, environment=quiet)[
+        "run"
+    ]
     cache = folder / "large/cache"
     with memory_group(int(limit_mb * 1e6)) as group:
         given = (source, teacher, folder / "large", group or "", int(limit_mb * 1e6))
@@ -172,13 +176,14 @@ def within_memory(limit_mb: int, folder: Path, out: Path | None) -> dict:
 
 
 def large(source: str, teacher: str, folder: str, group: str, limit_bytes: int) -> dict:
-    """Within the limit: decode the set, ask the teacher for logits and a feature of every image, take 30 steps."""
+    """Within the limit: decode the set, ask the teacher for two features of every image, take 30 steps."""
     if group:
         Path(group, "cgroup.procs").write_text(str(os.getpid()))
     else:
         resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
     began = time.perf_counter()
-    terms = [{"class_path": "FeatureDistance", "init_args": {"student_tap": "features.3", "teacher_tap": "features.3"}}]
+    taps = [{"student_tap": name, "teacher_tap": name} for name in TAPPED[1:]]
+    terms = [{"class_path": "FeatureDistance", "init_args": tap} for tap in taps]
     arguments = ["--student", "light_nn", "--teacher", teacher, "--data.source", source, "--data.val_fraction", 0]
     arguments += ["--losses", json.dumps(terms), "--data.batch_size", BATCH, "--data.crop", 32, "--max_steps", 30]
     call("distill", [*arguments, "--precompute", "always", "--output_dir", f"{folder}/run"])
