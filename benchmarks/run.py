@@ -53,15 +53,23 @@ PARTS = {
 }
 
 
-def run_part(name: str, command: list[str], seconds: float) -> str:
-    """Run one part within a time; "done", or why it is not whole."""
+PATIENCE = 20  # seconds that a part has to end
+
+
+def run_part(name: str, command: list[str], seconds: float, temporary: str | None = None) -> str:
+    """Run one part within a time, its temporary files in a given folder; "done", or why it is not whole."""
     print(f"\n== {name}: {' '.join(command[1:])}", flush=True)
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    environment = {**os.environ, **({"TMPDIR": temporary} if temporary else {})}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=environment)
     try:
         status = process.wait(seconds)
     except BaseException as error:  # its children too; also at Ctrl-C
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        os.killpg(process.pid, signal.SIGINT)  # so that they delete what they made
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
         return f"stopped after {seconds:.0f} s; the rounds before are kept"
@@ -119,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
             command += ["--cifar10", str(sources["cifar10"])] if script == "gpu.py" else []
             command += ["--out", str(out)] if out else []
             began = time.monotonic()
-            states[name] = run_part(name, command, left)
+            states[name] = run_part(name, command, left, folder)
             print(f"== {name}: {states[name]}, {time.monotonic() - began:.0f} s", flush=True)
     print()
     print(document.write(out), flush=True)
