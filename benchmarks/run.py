@@ -32,7 +32,7 @@ from common import make_teacher, random_images  # noqa: E402
 PARTS = {
     "plain_kd": ("plain.py", "--jobs kd", "--jobs kd --rounds 1 --kd_images 256 --kd_test_images 100"),
     "plain_head": ("plain.py", "--jobs head", "--jobs head --rounds 1 --head_images 20 --head_test_images 20"),
-    "limit": ("limit.py", "", "--rounds 1 --images 1280 --epochs 3"),
+    "limit": ("limit.py", "--rounds 3", "--rounds 1 --images 1280 --epochs 3 --losses kl"),
     "kernels": ("kernels.py", "", "--steps 10"),
     "peers": (
         "peers.py",
