@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
+SHARD = 4096  # images a file: pyarrow may hold a whole file in memory
 DISTINCT = 256  # different random images of a made set; the others are copies, which cost a run the same
 
 
@@ -88,7 +89,7 @@ def make_teacher(folder: str | Path, model: str, source: str, *arguments) -> str
 
 
 def _parquet(folder: Path, classes: list[str], **splits: Iterable[tuple[bytes, int]]) -> str:
-    """Write image files and labels in the Hugging Face layout, a thousand rows at a time."""
+    """Write image files and labels in the Hugging Face layout: files of `SHARD` rows, in groups of a hundred."""
     import pyarrow
     import pyarrow.parquet
     from datasets import ClassLabel, Features, Image
@@ -96,12 +97,11 @@ def _parquet(folder: Path, classes: list[str], **splits: Iterable[tuple[bytes, i
     schema = Features({"image": Image(), "label": ClassLabel(names=classes)}).arrow_schema
     (folder / "data").mkdir(parents=True)
     for name, rows in splits.items():
-        rows = iter(rows)
-        with pyarrow.parquet.ParquetWriter(folder / f"data/{name}-00000-of-00001.parquet", schema) as writer:
-            while block := list(itertools.islice(rows, 1000)):
-                files = [{"bytes": file, "path": None} for file, _ in block]
-                labels = [label for _, label in block]
-                writer.write_table(pyarrow.table({"image": files, "label": labels}, schema=schema))
+        rows, count = iter(rows), itertools.count()
+        while block := list(itertools.islice(rows, SHARD)):
+            files = [{"bytes": file, "path": None} for file, _ in block]
+            table = pyarrow.table({"image": files, "label": [label for _, label in block]}, schema=schema)
+            pyarrow.parquet.write_table(table, folder / f"data/{name}-{next(count):05d}.parquet", row_group_size=100)
     return str(folder)
 
 
