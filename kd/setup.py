@@ -295,3 +295,6 @@ def announce(distiller: Distiller, data: Data, config, accelerator: Accelerator)
     threads = f" with {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
     parts = f", weights in {world} parts (FSDP2)" if accelerator.is_fsdp2 else ""
     say(f"on {accelerator.device.type}{threads}, precision {accelerator.mixed_precision}, {shares}{parts}")
+    left_to_us = config.mixed_precision == "auto" and accelerator.mixed_precision == "no"
+    if left_to_us and accelerator.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        say("this CPU has bf16 instructions: --mixed_precision bf16 is faster for many networks, see docs/step.md")
