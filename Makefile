@@ -1,5 +1,6 @@
 # `make demo` runs the main job on scikit-learn's digits, `make test` the tests; both make the environment first.
-# `make test-slurm` runs the files of slurm/ on a private cluster that it starts on this machine.
+# `make test-slurm` runs the files of slurm/ on a private cluster that it starts on this machine; `make soak` kills runs
+# and does them other harm for an hour or more.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
@@ -11,7 +12,7 @@ RUNS := runs/digits
 # Without byte code each start of Python compiles torch anew, which takes longer than the demo.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo cifar10 benchmark test test-slurm quick lint clean
+.PHONY: demo cifar10 benchmark test test-slurm soak quick lint clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: requirements.txt
@@ -57,6 +58,12 @@ test: $(VENV)/.installed
 # Where SLURM is not installed or this is not root, the tests are skipped and say what is missing.
 test-slurm: $(VENV)/.installed
 	$(BIN)/python -m pytest -rs tests/slurm
+
+# KILLS on one process and as many on two, half of them inside a checkpoint; then a table, and status 1 if a run was lost.
+KILLS ?= 100
+soak: $(VENV)/.installed
+	PYTHONPATH=tests/faults $(BIN)/python -m pytest -p soak -o tmp_path_retention_policy=failed \
+		tests/faults/test_faults.py --soak $(KILLS)
 
 quick: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow"

@@ -21,7 +21,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from kd.errors import say
+from kd.errors import say, writing
 from kd.parallel import share_out
 from kd.run_folder import sync_folder
 
@@ -84,7 +84,7 @@ def save_checkpoint(folder: Path, progress: Progress, tensors: dict[str, dict[st
 
 
 def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
+    with writing(path), open(path, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

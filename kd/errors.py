@@ -9,7 +9,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -46,10 +48,21 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in an error of writing: the system does so only where it is opened."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 # What a disk or a path can do to any write, wherever it happens.
 _DISK_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.EROFS,
     errno.EACCES,
     errno.EPERM,

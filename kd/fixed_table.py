@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd.data import Split
-from kd.errors import say
+from kd.errors import say, writing
 
 BATCH_SIZE = 128
 LIMIT_BYTES = 4 * 2**30  # a larger table is not made: reading it back would cost what it saves
@@ -56,14 +56,17 @@ def fixed_table(kind: str, folder: Path, ask, split: Split, accelerator) -> dict
 
 def _build(kind: str, folder: Path, ask, split: Split, first: dict[str, Tensor], accelerator) -> None:
     aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    for left in (*folder.parent.glob(f"{folder.name}.tmp-*"), folder):  # of a builder that died; the lock is ours
+        shutil.rmtree(left, ignore_errors=True)
     aside.mkdir()
     try:
         starts = range(0, len(split), BATCH_SIZE)
         wheres = [np.arange(start, min(start + BATCH_SIZE, len(split))) for start in starts]
         read = split.batches(wheres, accelerator.device)
-        with ExitStack() as opened:  # rows are written as they come, so that a table may exceed the memory
+        with (
+            writing(folder),
+            ExitStack() as opened,
+        ):  # rows are written as they come, so that a table may exceed the memory
             files = {name: opened.enter_context(open(aside / f"{i}.npy", "wb")) for i, name in enumerate(first)}
             for name, file in files.items():
                 header = {"descr": "<f4", "fortran_order": False, "shape": (len(split), *first[name].shape[1:])}
@@ -74,7 +77,8 @@ def _build(kind: str, folder: Path, ask, split: Split, first: dict[str, Tensor],
                 for name, value in said.items():
                     files[name].write(value.float().cpu().numpy().astype("<f4").tobytes())
         digests = {name: _digest(Path(file.name)) for name, file in files.items()}
-        (aside / "meta.json").write_text(json.dumps(digests))
+        with writing(folder):
+            (aside / "meta.json").write_text(json.dumps(digests))
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -56,10 +56,11 @@ class Meter:
     def check(self, accelerator, lr: float, saved_step: int | None) -> None:
         """Raise a UserError, on all processes, if any step since the start was not finite on any of them."""
         self._read()
-        bad = accelerator.gather(torch.tensor([self._bad], device=self._device)).tolist()
-        bad = [step for step in bad if step >= 0]
-        if bad:
-            raise not_finite("the loss is", min(bad), lr, saved_step)
+        steps = accelerator.gather(torch.tensor([self._bad], device=self._device)).tolist()
+        if (first := min((step for step in steps if step >= 0), default=None)) is not None:
+            where = [str(process) for process, step in enumerate(steps) if step == first]
+            some = f" on process {', '.join(where)} of {len(steps)}" if len(where) < len(steps) else ""
+            raise not_finite("the loss is", first, lr, saved_step, some)
 
     def state(self, accelerator) -> dict:
         """The open sums over all processes, for the checkpoint."""
@@ -96,9 +97,8 @@ class Meter:
         return row
 
 
-def not_finite(what: str, step: int, lr: float, saved_step: int | None) -> UserError:
+def not_finite(what: str, step: int, lr: float, saved_step: int | None, where: str = "") -> UserError:
     """The error for a loss or weights that are not finite; says which checkpoint is kept."""
     kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "there is no checkpoint yet"
-    return UserError(
-        f"{what} not finite at step {step}; lower --optimizer.lr (it is {lr:g}) or set --optimizer.clip_norm; {kept}"
-    )
+    remedy = f"lower --optimizer.lr (it is {lr:g}) or set --optimizer.clip_norm"
+    return UserError(f"{what} not finite at step {step}{where}; {remedy}; {kept}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -80,17 +82,25 @@ def lost_contact(error: RuntimeError, patience: float = 5.0) -> str | None:
     if not exchange or not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     rank, everyone = dist.get_rank(), range(dist.get_world_size())
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        store.set(f"kd/answer/{rank}", "")
-        end = time.monotonic() + patience
-        while True:
-            missing = [other for other in everyone if not store.check([f"kd/answer/{other}"])]
-            if not missing or time.monotonic() > end:
-                break
-            time.sleep(0.1)
-    except RuntimeError:  # without a launcher the first process keeps the store
-        missing = [0]
+    missing = [0]  # without a launcher the first process keeps the store, and may not answer
+
+    def call_roll() -> None:
+        nonlocal missing
+        with suppress(RuntimeError):
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"kd/answer/{rank}", "")
+            end = time.monotonic() + patience
+            while True:
+                found = [other for other in everyone if not store.check([f"kd/answer/{other}"])]
+                if not found or time.monotonic() > end:
+                    break
+                time.sleep(0.1)
+            missing = found
+
+    # a store whose process hangs takes the question and never answers
+    caller = threading.Thread(target=call_roll, daemon=True)
+    caller.start()
+    caller.join(2 * patience)
     if rank != min(set(everyone) - set(missing)):
         return ""
     if not missing:

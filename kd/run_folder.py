@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-from kd.errors import UserError, say
+from kd.errors import UserError, say, writing
 from kd.parse import differing_fields, read_yaml
 
 FILES = ("config.yaml", "model.safetensors", "config.json", "metrics.jsonl", "summary.json", "tracker.json")
@@ -30,7 +30,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that after a crash it holds either all of the new content or what it held before."""
     aside = path.with_name(f".{path.name}.tmp")
     try:
-        with open(aside, "wb") as file:
+        with writing(path), open(aside, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

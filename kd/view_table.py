@@ -145,7 +145,7 @@ def _unfit(folder: Path, meta: dict, record_bytes: int) -> str:
 
 def _make(folder: Path, meta: dict, record_bytes: int) -> None:
     aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    for left in (aside, folder):
+    for left in (*folder.parent.glob(f"{folder.name}.tmp-*"), folder):  # of a builder that died; the lock is ours
         shutil.rmtree(left, ignore_errors=True)
     aside.mkdir()
     try:

@@ -19,14 +19,16 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def start(script: str, arguments, environment: dict | None = None, sabotage=None):
+def start(script: str, arguments, environment: dict | None = None, sabotage=None, output=None):
     """Start a script; `sabotage` is (dotted name, n): SIGKILL to itself when that function is called the n-th time.
 
     A dotted name may end in `:SIGNAL` to send another signal to itself instead. In place of the pair there may be a
-    function (picklable), which is called in the process before the script.
+    function (picklable), which is called in the process before the script. What it prints is added to the file
+    `output`, if given.
     """
+    arguments = [str(a) for a in arguments]
     process = CONTEXT.Process(
-        target=_run, args=(script, [str(a) for a in arguments], dict(environment or {}), sabotage), daemon=True
+        target=_run, args=(script, arguments, dict(environment or {}), sabotage, output), daemon=True
     )
     process.start()
     return process
@@ -53,7 +55,9 @@ def run_several(script: str, arguments, count: int, sabotage=None, environment: 
     return finish(*start_several(script, arguments, count, sabotage, environment))
 
 
-def start_several(script: str, arguments, count: int, sabotage=None, environment: dict | None = None) -> list:
+def start_several(
+    script: str, arguments, count: int, sabotage=None, environment: dict | None = None, output=None
+) -> list:
     """Start `count` processes of one job over gloo, as torchrun would.
 
     The sabotage is in the last of them, or in all of them if it is a function.
@@ -71,14 +75,18 @@ def start_several(script: str, arguments, count: int, sabotage=None, environment
     }
     ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return [
-        start(script, arguments, env, sabotage if callable(sabotage) or env["RANK"] == str(count - 1) else None)
+        start(script, arguments, env, sabotage if callable(sabotage) or env["RANK"] == str(count - 1) else None, output)
         for env in ranks
     ]
 
 
-def _run(script, arguments, environment, sabotage) -> None:
+def _run(script, arguments, environment, sabotage, output) -> None:
     os.environ.update(environment)
     multiprocessing.current_process()._config["daemon"] = False  # so that it may start workers
+    if output is not None:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         os.environ.pop(name, None)
     from kd.errors import run_script

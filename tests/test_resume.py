@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -176,40 +175,3 @@ def test_losses_that_learn_draw_and_remember_are_resumed_too(teacher_run, tmp_pa
     steps = [checkpoints(tmp_path / name / "checkpoints")[0] for name in ("whole", "cut")]
     learned = [(step / "distiller.safetensors").read_bytes() for step in steps]
     assert learned[0] == learned[1]
-
-
-@pytest.mark.parametrize("damage", ["flip", *slow("truncate", "missing", "state")])
-def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, call, damage):
-    command = (*ARGUMENTS, "--output_dir", tmp_path / "run")
-    assert children.run("train_teacher", command, sabotage=("kd.meter.Meter.add", 7)) == -9
-    newest = checkpoints(tmp_path / "run" / "checkpoints")[0]
-    assert newest.name == "step_00000006"
-    if damage == "missing":
-        (newest / "optimizer.safetensors").unlink()
-    elif damage == "state":
-        text = (newest / "state.json").read_text()
-        (newest / "state.json").write_text(text.replace('"step": 6', '"step": 5'))
-    else:
-        file = newest / "distiller.safetensors"
-        content = bytearray(file.read_bytes())
-        content[-5] ^= 4
-        file.write_bytes(content if damage == "flip" else content[:-100])
-    result = call("train_teacher", *command)
-    assert result.status == 0
-    assert "step_00000006 is damaged" in result.out
-    assert "going on after step 4" in result.out
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments(uninterrupted, tmp_path):
-    draw = random.Random(0)
-    places = ["kd.meter.Meter.add", "kd.checkpoint._write", "kd.checkpoint.sync_folder", "kd.run_folder.os.replace"]
-    for attempt in range(10):
-        command = (*ARGUMENTS, "--output_dir", tmp_path / str(attempt))
-        for _ in range(30):
-            status = children.run("train_teacher", command, sabotage=(draw.choice(places), draw.randint(1, 12)))
-            if status == 0:
-                break
-            assert status == -9
-        assert_same_run(tmp_path / str(attempt), uninterrupted)

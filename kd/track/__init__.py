@@ -6,11 +6,13 @@ import importlib.util
 import json
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from kd.errors import UserError
+from kd.errors import UserError, say, writing
 from kd.run_folder import Run, write_atomic
 from kd.track.job import Job, describe
 from kd.track.outcome import Outcome, hardest
@@ -65,7 +67,8 @@ class Tracker:
             job = describe(run, config, objective, accelerator, identity, kept if resumed else None)
             self._run = TRACKERS[name](accelerator, job)
             for row in kept:
-                self._send(row)
+                if self._run is not None:
+                    self._send(row)
 
     @property
     def wants_outcome(self) -> bool:
@@ -81,8 +84,14 @@ class Tracker:
         """Add a row; it must have `step`."""
         if self._file is None:
             return
-        self._file.write((json.dumps(row) + "\n").encode())
-        self._file.flush()
+        try:
+            with writing(Path(self._file.name)):
+                self._file.write((json.dumps(row) + "\n").encode())
+                self._file.flush()
+        except OSError:
+            with suppress(OSError):  # Python would write what the disk did not take once more, and complain, at its end
+                self._file.close()
+            raise
         self._step = row["step"]
         if self._run is not None:
             self._send(row)
@@ -90,8 +99,19 @@ class Tracker:
     def _send(self, row: dict) -> None:
         if row["step"] > self._run.last_step:
             values = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
-            self._accelerator.log(values, step=row["step"], log_kwargs=self._run.log_arguments)
-            self._run.logged(values)
+            with self._expendable():
+                self._accelerator.log(values, step=row["step"], log_kwargs=self._run.log_arguments)
+                self._run.logged(values)
+
+    @contextmanager
+    def _expendable(self) -> Iterator[None]:
+        """What goes wrong in here, of whatever type, ends the tracker's run and not this one."""
+        try:
+            yield
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+            say(f"the tracker failed ({reason}); from here on the numbers are in {self._run.job.folder} alone")
+            self._run = None
 
     def finish(self, summary: dict | None = None, outcome: Outcome | None = None, signal: int = 0) -> None:
         """Close the record; with a summary, its numbers become the tracker run's, and so does what `outcome` shows.
@@ -104,9 +124,10 @@ class Tracker:
         self._file.close()
         self._file = None
         if self._run is not None:
-            if summary is not None:
-                self._run.conclude(summary, outcome, self._step)
-            self._run.finish(self._accelerator, signal)
+            with self._expendable():
+                if summary is not None:
+                    self._run.conclude(summary, outcome, self._step)
+                self._run.finish(self._accelerator, signal)
 
 
 def _identity(note: Path, name: str) -> tuple[str, bool]:

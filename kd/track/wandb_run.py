@@ -62,6 +62,8 @@ class WandbRun(TrackerRun):
                 if attempt == "offline":
                     raise
                 say(f"W&B cannot be reached ({' '.join(str(error).split())[:100]}); this run is logged offline")
+                accelerator.trackers.clear()  # it keeps the one that failed, and would start it once more
+                _let_go()
         self._run = accelerator.get_tracker("wandb", unwrap=True)
         if attempt != "offline" and self._run.resumed:
             self.last_step = self._run.step - 1
@@ -130,6 +132,13 @@ class WandbRun(TrackerRun):
         else:
             media["test/confusion"] = wandb.Image(outcome.confusion_picture())
         self._run.log(media, step=step)
+
+
+def _let_go() -> None:
+    """End the client's service: after a failed start it still holds the run's id."""
+    import wandb
+
+    wandb.teardown()
 
 
 def network_artifact(folder: Path, metadata: dict | None = None):
