@@ -45,8 +45,8 @@ class BuilderDies:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-STORE = ("kd.data.store", "_build", ("kd.data.store", "_reserve"))
-TABLE = ("kd.fixed_table", "_build", ("kd.fixed_table", "np.save"))
+STORE = ("kd.data.store", "build", ("kd.data.build", "_reserve"))
+TABLE = ("kd.fixed_table", "_build", ("kd.fixed_table", "_digest"))
 
 
 def builds(cache: Path, kind: str) -> list[str]:
@@ -103,7 +103,7 @@ def disk(tmp_path):
 def test_a_full_disk_while_a_store_is_built(image_folder, tmp_path, disk):
     data = ("--data.source", image_folder, "--data.num_train", "null", "--data.resize", 28, "--data.crop", 28)
     command = (*SMALL, *data, "--report_to", "none", "--output_dir", tmp_path / "run")
-    command = (*command, "--data.cache_dir", disk.folder / "cache")
+    command = (*command, "--data.cache_dir", disk.folder / "cache", "--data.store", "disk")
     disk.fill(8192)
     assert refused("train_teacher", command, tmp_path / "said", "no space for the decoded images", "data.cache_dir")
     assert builds(disk.folder / "cache", "store") == []
@@ -114,6 +114,8 @@ def test_a_full_disk_while_a_store_is_built(image_folder, tmp_path, disk):
 def test_a_full_disk_while_a_table_is_built(teacher_run, tmp_path, disk):
     command = ("--config", "recipes/digits/kd.yaml", "--data.num_train", 200, "--epochs", 2, "--report_to", "none")
     command = (*command, "--teacher", teacher_run, "--data.cache_dir", disk.folder / "cache")
+    store = (*SMALL, "--max_steps", 1, "--report_to", "none", "--data.cache_dir", disk.folder / "cache")
+    assert children.run("train_teacher", (*store, "--output_dir", tmp_path / "first")) == 0  # the images are there
     command = (*command, "--output_dir", tmp_path / "run")
     disk.fill()
     assert refused("distill", command, tmp_path / "said", "no space left on device", str(disk.folder / "cache"))
