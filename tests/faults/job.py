@@ -132,13 +132,14 @@ class TornWrite:
 
 
 class FillDisk:
-    """In every process: the disk becomes full when a function is called the n-th time."""
+    """In the first process, the one that writes: the disk becomes full when a function is called the n-th time."""
 
     def __init__(self, disk: Disk, module: str, name: str, count: int, left: int = 0):
         self.disk, self.place, self.count, self.left, self.calls = disk, (module, name), count, left, 0
 
     def __call__(self) -> None:
-        before(*self.place, self.fill)
+        if os.environ.get("RANK", "0") == "0":
+            before(*self.place, self.fill)
 
     def fill(self, *_arguments) -> None:
         self.calls += 1

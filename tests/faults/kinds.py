@@ -321,7 +321,7 @@ FAULTS = {
     "one process hangs": (one_process_hangs, (2,)),
     "newest checkpoint damaged": (damaged_checkpoint, (1, 2)),
     "disk full in a checkpoint": (disk_full_in_a_checkpoint, (2, 1)),
-    "disk full in a log line": (disk_full_in_a_log_line, (1,)),
+    "disk full in a log line": (disk_full_in_a_log_line, (1, 2)),
     "output is read-only": (read_only_output, (1, 2)),
     "output becomes read-only": (output_becomes_read_only, (1, 2)),
     "loss not a number on one process": (not_a_number_on_one, (2, 1)),
