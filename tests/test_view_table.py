@@ -237,7 +237,9 @@ def test_a_number_of_views_makes_a_table_possible(distil, tmp_path, more):  # no
 def test_the_teacher_is_not_asked_about_what_is_found_by_other_seeds_students_losses_or_subsets(
     distil,  # noqa: F811
     monkeypatch,
+    tmp_path,
 ):
+    monkeypatch.setenv("KD_CACHE", str(tmp_path / "cache"))  # no other test's answers are found
     asked = []
     look = ViewTable.look
 
