@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +18,7 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
+from kd.aside import built_aside
 from kd.data import Split
 from kd.errors import say, writing
 
@@ -55,18 +55,13 @@ def fixed_table(kind: str, folder: Path, ask, split: Split, accelerator) -> dict
 
 
 def _build(kind: str, folder: Path, ask, split: Split, first: dict[str, Tensor], accelerator) -> None:
-    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    for left in (*folder.parent.glob(f"{folder.name}.tmp-*"), folder):  # of a builder that died; the lock is ours
-        shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir()
-    try:
-        starts = range(0, len(split), BATCH_SIZE)
-        wheres = [np.arange(start, min(start + BATCH_SIZE, len(split))) for start in starts]
-        read = split.batches(wheres, accelerator.device)
-        with (
-            writing(folder),
-            ExitStack() as opened,
-        ):  # rows are written as they come, so that a table may exceed the memory
+    starts = range(0, len(split), BATCH_SIZE)
+    wheres = [np.arange(start, min(start + BATCH_SIZE, len(split))) for start in starts]
+    read = split.batches(wheres, accelerator.device)
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one, whose space may be needed
+    with built_aside(folder) as aside:
+        # rows are written as they come, so that a table may exceed the memory
+        with writing(folder), ExitStack() as opened:
             files = {name: opened.enter_context(open(aside / f"{i}.npy", "wb")) for i, name in enumerate(first)}
             for name, file in files.items():
                 header = {"descr": "<f4", "fortran_order": False, "shape": (len(split), *first[name].shape[1:])}
@@ -79,9 +74,6 @@ def _build(kind: str, folder: Path, ask, split: Split, first: dict[str, Tensor],
         digests = {name: _digest(Path(file.name)) for name, file in files.items()}
         with writing(folder):
             (aside / "meta.json").write_text(json.dumps(digests))
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _digest(path: Path) -> str:

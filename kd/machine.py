@@ -23,6 +23,16 @@ def versions() -> dict[str, str]:
     return {"kd": kd.__version__, "python": platform.python_version(), "torch": torch.__version__, **named}
 
 
+def num_cores() -> int:
+    """Cores of the CPU that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_of_cores() -> int:
+    """This process's share of them, where a launcher started several on this machine."""
+    return max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def device_name(device: torch.device) -> str:
     """The hardware in words."""
     if device.type == "cuda":

@@ -18,7 +18,7 @@ from torch.utils._triton import has_triton
 from kd.data import Data, Views
 from kd.distiller import Distiller
 from kd.errors import UserError, say
-from kd.machine import end_with_parent
+from kd.machine import end_with_parent, share_of_cores
 from kd.models import Classifier, View, build_classifier, load_classifier, reuse_head
 from kd.run_folder import Run
 from kd.teachers import Teacher
@@ -103,8 +103,7 @@ def set_threads(asked: int | None = None) -> None:
     CPU would idle. A number of the user's own, other than 1, is kept.
     """
     if asked is None and _launched() and on_cpu() and os.environ.get("OMP_NUM_THREADS") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        asked = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        asked = share_of_cores()
     if asked is not None:
         torch.set_num_threads(asked)
 

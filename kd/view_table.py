@@ -25,6 +25,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from kd.aside import built_aside
 from kd.device import to_device
 from kd.errors import say
 
@@ -144,14 +145,8 @@ def _unfit(folder: Path, meta: dict, record_bytes: int) -> str:
 
 
 def _make(folder: Path, meta: dict, record_bytes: int) -> None:
-    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    for left in (*folder.parent.glob(f"{folder.name}.tmp-*"), folder):  # of a builder that died; the lock is ours
-        shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir()
-    try:
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one, whose space may be needed
+    with built_aside(folder) as aside:
         with open(aside / "rows.bin", "wb") as file:
             file.truncate(meta["rows"] * record_bytes)
         (aside / "meta.json").write_text(json.dumps(meta))
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +15,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kd.aside import built_aside
 from kd.data.decode import OtherSize, UnreadableImage, image_size
 from kd.data.sources import RawSplit
 from kd.data.stream import in_workers, unreadable
 from kd.errors import UserError
+from kd.machine import num_cores
 
 FEW = 512  # images that are decoded sooner than processes have started
 BLOCK_BYTES = 2**20  # what a worker decodes at a time
@@ -56,16 +57,11 @@ def size_of_first(splits: dict[str, RawSplit], recipe: Recipe) -> tuple[int, int
 
 
 def build(folder, classes, splits: dict[str, RawSplit], recipe: Recipe, size, notes, fit: bool = False) -> None:
-    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a builder that died; the lock is ours
-        shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir()
     try:
-        skipped = {name: _decode(aside, name, split, recipe, size, fit) for name, split in splits.items()}
-        meta = {"classes": classes, "splits": list(splits), "skipped": skipped, "notes": notes}
-        (aside / "meta.json").write_text(json.dumps(meta))
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        with built_aside(folder) as aside:
+            skipped = {name: _decode(aside, name, split, recipe, size, fit) for name, split in splits.items()}
+            meta = {"classes": classes, "splits": list(splits), "skipped": skipped, "notes": notes}
+            (aside / "meta.json").write_text(json.dumps(meta))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -73,8 +69,6 @@ def build(folder, classes, splits: dict[str, RawSplit], recipe: Recipe, size, no
             f"no space for the decoded images in {folder.parent}; free some, set data.cache_dir to another disk, or "
             f"data.store to stream"
         ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _reserve(path: Path) -> None:
@@ -119,12 +113,8 @@ def _blocks(count: int, image_bytes: int) -> list[range]:
     return [range(start, min(start + length, count)) for start in range(0, count, length)]
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _on_all_cores(function, blocks: list[range], count: int, split: RawSplit) -> Iterator:
-    return in_workers(function, blocks, 0 if split.decoded or count <= FEW else cores())
+    return in_workers(function, blocks, 0 if split.decoded or count <= FEW else num_cores())
 
 
 def _read_block(split: RawSplit, channels: int, size, fit: bool, block: range) -> tuple[Tensor, list[tuple[int, str]]]:

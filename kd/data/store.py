@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,12 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from kd.data.build import Recipe, build, cores, examined, much_larger, size_of_first
+from kd.data.build import Recipe, build, examined, much_larger, size_of_first
 from kd.data.decode import OtherSize
 from kd.data.sources import RawSplit, Source
 from kd.data.stream import Encoded
 from kd.errors import UserError, say
+from kd.machine import share_of_cores
 
 SHARE_OF_DISK = 0.5  # of the free space that the decoded images may take
 
@@ -113,7 +113,7 @@ def open_stores(
         if not why:
             return _read(folder)
     _say(source.notes, {name: [splits[name].name(place) for place, _ in bad_ones] for name, bad_ones in bad.items()})
-    workers = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if workers is None else workers
+    workers = share_of_cores() if workers is None else workers
     say(f"data: images are decoded at each step, ahead of it by {workers} processes ({why})")
     stores = {}
     for name, split in splits.items():
