@@ -18,8 +18,9 @@ from PIL import Image
 
 from kd import keyed
 from kd.config import DataConfig
-from kd.data import DROPOUT, ORDER, Data, Split, TrainBatches, Views, load_data
+from kd.data import DROPOUT, Data, Split, TrainBatches, Views, load_data
 from kd.data.augment import augment
+from kd.data.batches import ORDER
 from kd.data.decode import UnreadableImage, open_image, read_image
 from kd.data.split import balanced_order, carve
 from kd.data.store import Store

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,22 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd import keyed
+from kd.data.batches import DROPOUT as DROPOUT
+from kd.data.batches import TrainBatches as TrainBatches
 from kd.data.build import Recipe
 from kd.data.corrupt import corrupt
-from kd.data.mix import mixed_labels
 from kd.data.sources import find_source
 from kd.data.split import balanced_order, carve
 from kd.data.store import Store, open_stores
 from kd.data.stream import Encoded, ahead, in_workers
-from kd.data.views import Views
+from kd.data.views import Views as Views
 from kd.device import free_memory, to_device
 from kd.errors import UserError, say
-from kd.outputs import Batch
-
-# What a key is for, so that order, views (1 and 3, in kd.data.views) and dropout of one (seed, epoch, image) are
-# independent.
-ORDER, DROPOUT = 0, 2
 
 
 def default_cache_dir() -> Path:
@@ -155,122 +149,6 @@ class Data:
             kept["val"], needed = self.val.kept_on(device), needed + self.val.num_bytes
         say(f"data: images of {' and '.join(kept)} are kept on the GPU ({needed / 1e9:.3g} GB, the limit is {limit})")
         return replace(self, **kept)
-
-
-@dataclass
-class _Part:
-    """Which images of the split a process's micro-batch shows, and how."""
-
-    where: np.ndarray  # positions in the split; with mixed images, then those of the others
-    places: Tensor
-    keys: Tensor
-    numbers: Tensor | None
-    other_keys: Tensor | None
-    counts: list[int] | None
-    whole: bool
-    weight: float
-
-
-class TrainBatches:
-    """The training images of each step: a function of (seed, step) alone, cut into one part a process.
-
-    Args:
-        split: the training images.
-        batch_size: of the global batch, over all processes.
-        seed: of order, views and dropout.
-        rank, num_processes: which part of each global batch is this process's; the first parts are the larger ones.
-        views: the random views.
-        accumulate: into how many micro-batches a process's part is cut.
-        num_classes: K, of mixed images' labels.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        seed: int,
-        rank: int,
-        num_processes: int,
-        views: Views,
-        accumulate: int = 1,
-        num_classes: int = 0,
-    ):
-        self.split, self.batch_size, self.seed = split, batch_size, seed
-        self.rank, self.num_processes, self.accumulate = rank, num_processes, accumulate
-        self.views, self.num_classes = views, num_classes
-        self.steps_per_epoch = -(-len(split) // batch_size)
-        self._orders: dict[int, np.ndarray] = {}
-        self._coming, self._images, self._parts = None, None, deque()
-
-    def positions(self, step: int) -> np.ndarray:
-        """Positions in the split of the whole global batch of a step, in order; the epoch's last may be smaller."""
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        if epoch not in self._orders:
-            order = keyed.permutation(keyed.key(self.seed, ORDER, epoch), len(self.split)).numpy()
-            self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order}  # images are read ahead: two epochs
-        return self._orders[epoch][batch * self.batch_size : (batch + 1) * self.batch_size]
-
-    def num_micro(self, step: int) -> int:
-        """How many micro-batches a step has, equal on all processes; none is empty on the first one."""
-        return min(self.accumulate, -(-len(self.positions(step)) // self.num_processes))
-
-    def read(self, step: int, device: torch.device, micro: int = 0) -> tuple[Batch, float]:
-        """This process's micro-batch of a step, and the weight that makes the sum over the step's micro-batches, and
-        the mean over the processes, the mean over the global batch.
-
-        A process whose part is empty (the last batch has fewer images than there are processes) gets the batch's first
-        image with weight 0, since every process must take part in the step.
-
-        The images of what a loop asks for next (micro-batches from the last to the first, then the next step) are
-        prepared meanwhile; any other may be asked for.
-        """
-        if (step, micro, device) != self._coming:
-            self._parts = deque()
-            self._images = self.split.batches(self._wheres(step, micro, self._parts), device)
-        images, labels, index = next(self._images)
-        self._coming = (*self._after(step, micro), device)
-        part, epoch = self._parts.popleft(), step // self.steps_per_epoch
-        if self.views.mixes:
-            count = len(part.places)
-            images = self.views.apply(images, torch.cat([part.keys, part.other_keys]))
-            images, shares = self.views.mix(images[:count], images[count:], part.keys)
-            labels, index = mixed_labels(labels[:count], labels[count:], shares, self.num_classes), index[:count]
-        else:
-            images = self.views.apply(images, part.keys)
-        lookup = torch.stack([part.places, part.numbers], dim=1) if part.numbers is not None and part.weight else None
-        images = self.split.shown(images, lookup)
-        keys = keyed.keys(keyed.key(self.seed, DROPOUT, epoch), index)
-        return Batch(images, labels, index, keys, epoch, part.counts, part.whole, lookup), part.weight
-
-    def close(self) -> None:
-        """End what prepares images that nobody will ask for."""
-        self._coming = self._images = None
-
-    def _part(self, step: int, micro: int) -> _Part:
-        whole, num_micro = self.positions(step), self.num_micro(step)
-        parts = [np.array_split(part, num_micro)[micro] for part in np.array_split(whole, self.num_processes)]
-        part = parts[self.rank]
-        weight = len(part) * self.num_processes / len(whole)
-        where = part if len(part) else whole[:1]
-        places = torch.from_numpy(self.split.places[where])
-        keys, numbers = self.views.draw(self.seed, step // self.steps_per_epoch, places)
-        other_keys = None
-        if self.views.mixes:
-            others, other_keys = self.views.partners(keys, len(self.split))
-            where = np.concatenate([where, others.numpy()])
-        counts = [len(part) for part in parts] if self.num_processes > 1 else None
-        return _Part(where, places, keys, numbers, other_keys, counts, num_micro == 1, weight)
-
-    def _after(self, step: int, micro: int) -> tuple[int, int]:
-        """Which micro-batch of which step a loop asks for after this one."""
-        return (step, micro - 1) if micro else (step + 1, self.num_micro(step + 1) - 1)
-
-    def _wheres(self, step: int, micro: int, parts: deque) -> Iterator[np.ndarray]:
-        """Where the images of this micro-batch and of all that come after it are; the parts are put into `parts`."""
-        while True:
-            parts.append(self._part(step, micro))
-            yield parts[-1].where
-            step, micro = self._after(step, micro)
 
 
 def load_data(config, download: bool = True) -> Data:

@@ -31,11 +31,12 @@ class KeyedDropout(nn.Dropout):
             return F.dropout(x, self.p)
         # Four draws of 16 bits from each hash: hashing is most of what this costs.
         numel = x[0].numel()
-        place = torch.arange(-(-numel // 4), device=x.device)
-        hashes = keyed.keys(keyed.keys(self.keys, self.keys.new_tensor(self.layer))[:, None], place)
+        first = self.layer << 32
+        place = torch.arange(first, first - (-numel // 4), device=x.device)
+        hashes = keyed.keys(self.keys[:, None], place)
         draws = hashes.view(torch.int16)[:, :numel].view(x.shape)
         kept = draws >= round(self.p * 2**16) - 2**15
-        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
+        return x * (kept * (1 / (1 - self.p))).to(x.dtype)
 
 
 def use_keyed_dropout(network: nn.Module) -> list[KeyedDropout]:

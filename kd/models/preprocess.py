@@ -54,15 +54,15 @@ class Preprocess(nn.Module):
         self.register_buffer("shift", -mean / std, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        images = images.float()
         if self.view.resize is not None:
-            images = resize_shorter_side(images, self.view.resize)
+            images = resize_shorter_side(images.float(), self.view.resize)
         if self.view.crop is not None:
             images = centre_crop(images, self.view.crop)
         if self.view.channels == 1 and images.shape[1] == 3:
             red, green, blue = images.split(1, dim=1)
             images = 0.299 * red + 0.587 * green + 0.114 * blue
-        return torch.addcmul(self.shift, images, self.scale)  # a grey image broadcasts to three channels here
+        # A grey image broadcasts to three channels here. Not torch.addcmul: on a CPU it is not vectorised for this.
+        return (images * self.scale).add_(self.shift)
 
 
 def resize_shorter_side(images: Tensor, side: int) -> Tensor:
