@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -12,22 +12,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kd import keyed, metrics
-from kd.checkpoint import Progress, load_newest, load_optimizer_tensors, optimizer_tensors, save_checkpoint
+from kd.checkpoint import Progress, load_newest, save_checkpoint
 from kd.data import DROPOUT, Data, TrainBatches, Views
 from kd.distiller import Distiller
+from kd.engine import Engine, make_engine
 from kd.errors import UserError, say
 from kd.meter import Meter, not_finite
-from kd.optim import learning_rate, make_optimizer
-from kd.parallel import (
-    StopSignal,
-    all_finite,
-    copy_whole,
-    gradient_norm,
-    share_buffers,
-    share_loss_buffers,
-    share_out,
-    whole,
-)
+from kd.optim import learning_rate
+from kd.outputs import Batch
+from kd.parallel import StopSignal, all_finite, copy_whole, share_buffers
 from kd.precompute import TableTeacher, ViewTableTeacher
 from kd.predict import predict
 from kd.run_folder import Run
@@ -62,11 +55,10 @@ def fit(
     student, device = distiller.student, accelerator.device
     run.begin()
     accelerator.wait_for_everyone()
-    optimizer = make_optimizer(config.optimizer, distiller, device, sharded=accelerator.is_fsdp2)
     in_parts = accelerator.is_fsdp2
     if in_parts:  # what is evaluated is a whole copy, on the device only as long as it is needed there
         student = student.twin()
-    model, optimizer = accelerator.prepare(distiller, optimizer)
+    engine = make_engine(distiller, config, accelerator)
     data = data.on_device(device, config.data.device_share)
     batches = TrainBatches(
         data.train,
@@ -78,12 +70,10 @@ def fit(
         config.accumulate,
         len(data.classes),
     )
-    # Accelerate's wrapper looks for packages at each step; only a scaler of gradients needs it.
-    updates = optimizer if accelerator.scaler is not None else optimizer.optimizer
     set_seed = _seeder(device)
     per_epoch = batches.steps_per_epoch
     total = config.epochs * per_epoch if config.max_steps is None else min(config.epochs * per_epoch, config.max_steps)
-    progress, best = _resume(distiller, optimizer, accelerator, run)
+    progress, best = _resume(engine, accelerator, run)
     tracker = Tracker(accelerator, run, config, distiller.objective(), progress.metrics_bytes)
     meter = Meter(list(distiller.losses), device, progress.sums, accelerator.is_main_process)
     folder, saved_step = run.folder / "checkpoints", progress.step if progress.step else None
@@ -103,43 +93,37 @@ def fit(
         progress.sums, progress.metrics_bytes = meter.state(accelerator), tracker.num_bytes
         progress.seconds = time.perf_counter() - started
         progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        tensors = {"distiller": distiller.state_dict(), "optimizer": optimizer_tensors(optimizer)}
-        tensors = {name: whole(named, keep=accelerator.is_main_process) for name, named in tensors.items()}
+        tensors = engine.tensors()
         if accelerator.is_main_process:
             save_checkpoint(folder, progress, {**tensors, **({"best": best} if best else {})})
         return progress.step
 
-    model.train()
+    def forward_backward(batch: Batch, share: float, last: bool) -> dict[str, Tensor]:
+        teacher_outputs = None
+        if teacher is not None:
+            with accelerator.autocast():
+                teacher_outputs = teacher.answer(batch)
+        return engine.forward_backward(batch, teacher_outputs, share, last)
+
+    distiller.train()
     with StopSignal(config.peer_timeout) as stop:
         while progress.step < total:
             step = progress.step
-            for group in optimizer.param_groups:
+            for group in engine.param_groups:
                 group["lr"] = learning_rate(config.optimizer, step, total, per_epoch)
-            set_seed(keyed.key(config.seed, DROPOUT, step, accelerator.process_index) & (2**63 - 1))
+            seed = keyed.key(config.seed, DROPOUT, step, accelerator.process_index) & (2**63 - 1)
+            set_seed(seed)
             for micro in reversed(range(batches.num_micro(step))):
                 batch, share = batches.read(step, device, micro)
-                # gradients are averaged over the processes once a step, with the last of its micro-batches
-                with accelerator.no_sync(model) if micro else nullcontext():
-                    teacher_outputs = None
-                    if teacher is not None:
-                        with accelerator.autocast():
-                            teacher_outputs = teacher.answer(batch)
-                    if in_parts:
-                        share_loss_buffers(distiller.losses.values())
-                    with accelerator.autocast():  # Accelerate's own wrapper does this too, but not under FSDP2
-                        terms = model(batch, teacher_outputs)
-                    # `share` weighs the mean over these images so that all together are the mean over the global batch
-                    accelerator.backward(sum(terms.values()) * share)
+                if not engine.settled:
+                    engine.settle(partial(forward_backward, batch, share, last=True))
+                    set_seed(seed)
+                terms = forward_backward(batch, share, last=not micro)
                 meter.add(terms, len(batch.labels) if share else 0, step)
             progress.step = step + 1
             epoch_ends = progress.step % per_epoch == 0 or progress.step == total
             logs = progress.step % config.log_every == 0 or epoch_ends
-            if config.optimizer.clip_norm is not None:
-                norm = accelerator.clip_grad_norm_(distiller.parameters(), config.optimizer.clip_norm)
-            elif logs:
-                norm = gradient_norm(distiller, accelerator)
-            updates.step()
-            updates.zero_grad()
+            norm = engine.update(wants_norm=logs)
             bar.update()
             if logs:
                 row = meter.flush(accelerator, config.optimizer.lr, saved_step, norm)
@@ -147,7 +131,7 @@ def fit(
                     per_epoch * config.data.batch_size - len(data.train)
                 )
                 place = {"step": progress.step, "epoch": step // per_epoch + 1, "images_seen": seen}
-                tracker.log({**place, **row, "lr": optimizer.param_groups[0]["lr"]})
+                tracker.log({**place, **row, "lr": engine.param_groups[0]["lr"]})
                 bar.set_description(f"epoch {place['epoch']}/{config.epochs}", refresh=False)
                 terms = [f"{k.removeprefix('train/')} {v:.4g}" for k, v in row.items() if k.startswith("train/")]
                 bar.set_postfix_str("  ".join([*terms, f"{row['images_per_second']:,.0f} images/s"]))
@@ -160,7 +144,7 @@ def fit(
                     logits, labels = predict(student, data.val, config.data.batch_size, accelerator)
                     if in_parts:
                         student.to("cpu")
-                    model.train()
+                    distiller.train()
                     row["val/accuracy"] = metrics.accuracy(logits, labels)
                     row["val/nll"] = metrics.negative_log_likelihood(logits, labels)
                     if row["val/accuracy"] > progress.best.get("val_accuracy", -1):
@@ -210,7 +194,7 @@ def _seeder(device: torch.device) -> Callable[[int], None]:
     return set_seed
 
 
-def _resume(distiller, optimizer, accelerator, run: Run) -> tuple[Progress, dict[str, Tensor]]:
+def _resume(engine: Engine, accelerator, run: Run) -> tuple[Progress, dict[str, Tensor]]:
     found = load_newest(run.folder / "checkpoints")
     steps = accelerator.gather(torch.tensor([found[0].step if found else 0], device=accelerator.device)).tolist()
     if len(set(steps)) > 1:
@@ -221,10 +205,7 @@ def _resume(distiller, optimizer, accelerator, run: Run) -> tuple[Progress, dict
     if found is None:
         return Progress(), {}
     progress, tensors = found
-    own = distiller.state_dict()
-    saved = {name: share_out(value, own.get(name, value)) for name, value in tensors["distiller"].items()}
-    distiller.load_state_dict(saved)
-    load_optimizer_tensors(optimizer, tensors["optimizer"])
+    engine.load(tensors)
     if progress.scaler is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(progress.scaler)
     say(f"going on after step {progress.step}")

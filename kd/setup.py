@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._triton import has_triton
 
+from kd import zero
 from kd.data import Data, Views
 from kd.distiller import Distiller
 from kd.errors import UserError, say
@@ -50,14 +51,17 @@ def make_accelerator(config) -> Accelerator:
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # the millisecond because Accelerate does not hand on what equals NCCL's default, and gloo's is 30 minutes
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=config.peer_timeout, milliseconds=1))
-    plugin = _sharding()
-    accelerator = Accelerator(
-        cpu=on_cpu(),
-        mixed_precision=_precision(config.mixed_precision),
-        fsdp_plugin=plugin,
-        kwargs_handlers=[patience],
-        **tracker_arguments(config, config.output_dir),
-    )
+    plugin, precision = _sharding(), _precision(config.mixed_precision)
+    if zero.wanted(world):
+        zero.check(config, precision)
+    with zero.hidden():
+        accelerator = Accelerator(
+            cpu=on_cpu(),
+            mixed_precision=precision,
+            fsdp_plugin=plugin,
+            kwargs_handlers=[patience],
+            **tracker_arguments(config, config.output_dir),
+        )
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # On a CPU Accelerate would take DistributedDataParallel instead without a word. Its state has two places.
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
@@ -67,11 +71,6 @@ def make_accelerator(config) -> Accelerator:
 
 def _sharding() -> FullyShardedDataParallelPlugin | None:
     """FSDP2, where the launcher asks for it; see `accelerate_configs/fsdp2.yaml`."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UserError(
-            "DeepSpeed is not supported: its optimizer is in parts that a checkpoint here could not hold; "
-            "use accelerate_configs/fsdp2.yaml, which saves the same memory"
-        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -293,6 +292,8 @@ def announce(distiller: Distiller, data: Data, config, accelerator: Accelerator)
     shares = f"batch {batch} = {world} x {batch // world}"
     threads = f" with {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
     parts = f", weights in {world} parts (FSDP2)" if accelerator.is_fsdp2 else ""
+    if zero.wanted(world):
+        parts = f", optimizer state in {world} parts (DeepSpeed)"
     say(f"on {accelerator.device.type}{threads}, precision {accelerator.mixed_precision}, {shares}{parts}")
     left_to_us = config.mixed_precision == "auto" and accelerator.mixed_precision == "no"
     if left_to_us and accelerator.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, SMALL, UNEVEN, assert_one_line
-from test_resume import rows
+from test_resume import assert_same_run, rows
 
 import kd
 from kd.losses import Loss
@@ -75,8 +75,8 @@ def test_accumulation_on_several_processes_gives_the_same_losses(alone, tmp_path
         children.run_several("train_teacher", command, count, CountReductions(tmp_path / "reductions")) == [0] * count
     )
     close(rows(alone), rows(tmp_path / "run"), 1e-4)
-    # gradients are exchanged once a step, however many micro-batches it has: 10 steps, as without accumulation
-    assert (tmp_path / "reductions").read_text() == "x" * 10
+    # gradients are exchanged once a step, however many micro-batches it has: 10 steps, and once before the first
+    assert (tmp_path / "reductions").read_text() == "x" * 11
 
 
 class CountReductions:
@@ -202,6 +202,17 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path, count):
 
 
 @pytest.mark.slow
+def test_a_run_of_four_processes_resumes_exactly(tmp_path):
+    """More than two summands are rounded according to their order, and that to the buckets that gradients are in."""
+    for name, sabotage in (("whole", None), ("cut", ("kd.meter.Meter.add:SIGTERM", 3))):
+        command = (*ARGUMENTS, "--model", "resnet8", "--output_dir", tmp_path / name)
+        statuses = children.run_several("train_teacher", command, 4, sabotage)
+        assert statuses == ([0] * 4 if sabotage is None else [143] * 4)
+    assert children.run_several("train_teacher", command, 4) == [0] * 4
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_distillation_and_evaluation_on_two_processes(teacher_run, tmp_path):
     command = (
         "--config",
@@ -303,7 +314,6 @@ def test_fsdp2_by_blocks_with_losses_that_learn_and_remember(teacher_run, tmp_pa
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, ("DeepSpeed", "fsdp2.yaml")),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, ("version 1", "fsdp_version: 2")),
     ],
 )

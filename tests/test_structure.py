@@ -24,6 +24,7 @@ ROOMS = (
     ("run_folder", "checkpoint", "distiller", "teachers"),
     ("precompute", "fixed_table", "view_table"),
     ("track",),
+    ("zero", "engine"),
     ("fit",),
     ("setup", "conclude", "compare"),
     ("records",),
@@ -31,7 +32,7 @@ ROOMS = (
     ("tables", "plots"),
     ("report", "export", "sweep", "workspace"),
 )
-KNOWS_PROCESSES = {"fit", "track", "setup", "conclude", "parallel"}
+KNOWS_PROCESSES = {"engine", "fit", "track", "setup", "conclude", "parallel"}
 
 
 def imports(path: Path) -> set[str]:
