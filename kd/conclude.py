@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from kd import cost, metrics
+from kd import cost, metrics, zero
 from kd.data import Data
 from kd.errors import UserError, say
 from kd.fit import Fitted
@@ -68,7 +68,7 @@ def conclude(fitted: Fitted, data: Data, config, accelerator, run: Run) -> int:
         "images": {"train": len(data.train), "val": len(data.val) if data.val else 0, "test": len(data.test)},
         "seed": config.seed,
         "num_processes": accelerator.num_processes,
-        "sharded": accelerator.is_fsdp2,
+        "sharded": accelerator.is_fsdp2 or zero.wanted(accelerator.num_processes),
         "device": device_name(accelerator.device),
         "mixed_precision": accelerator.mixed_precision,
         "versions": versions(),

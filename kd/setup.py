@@ -53,7 +53,7 @@ def make_accelerator(config) -> Accelerator:
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=config.peer_timeout, milliseconds=1))
     plugin, precision = _sharding(), _precision(config.mixed_precision)
     if zero.wanted(world):
-        zero.check(config, precision)
+        zero.check(config, precision, on_cpu())
     with zero.hidden():
         accelerator = Accelerator(
             cpu=on_cpu(),

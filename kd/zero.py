@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
+import warnings
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +39,7 @@ def hidden():
             os.environ[ASKED] = asked
 
 
-def check(config, precision: str) -> None:
+def check(config, precision: str, on_cpu: bool) -> None:
     """Look at what the launcher asks of DeepSpeed.
 
     Raises:
@@ -45,11 +47,13 @@ def check(config, precision: str) -> None:
     """
     if find_spec("deepspeed") is None:
         raise UserError("the launcher asks for DeepSpeed, which is not installed; pip install deepspeed")
+    if on_cpu and shutil.which(os.environ.get("CXX", "c++")) is None:
+        raise UserError("on a CPU DeepSpeed needs a C++ compiler and finds none ($CXX, c++); install one")
     if precision == "fp16":
         raise UserError("mixed_precision fp16 is not supported with DeepSpeed; use bf16 or no")
     if config.compile is True:
         raise UserError("compile true does not work with DeepSpeed; set it to false, or use DistributedDataParallel")
-    section = _zero_section()
+    section = zero_section()
     stage = section.get("stage")
     if stage not in (1, 2):
         raise UserError(f"DeepSpeed's ZeRO stage {stage} is not supported; set zero_stage to 1 or 2, or use fsdp2.yaml")
@@ -58,7 +62,7 @@ def check(config, precision: str) -> None:
             raise UserError(f"DeepSpeed's {name} to {device} is not supported; set it to none")
 
 
-def _zero_section() -> dict:
+def zero_section() -> dict:
     """`zero_optimization` of the file that the launcher names, else from the launcher's own settings."""
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file == "none":
@@ -97,13 +101,14 @@ def initialize(distiller, optimizer: torch.optim.Optimizer, config, accelerator)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    warnings.filterwarnings("ignore", message=".* is deprecated", category=FutureWarning, module="torch.distributed")
     deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns of torch's own optimizers, which it has not tested
     half = accelerator.mixed_precision == "bf16"
     settings = {
         "train_micro_batch_size_per_gpu": -(-config.data.batch_size // accelerator.num_processes),
         "gradient_accumulation_steps": 1,  # the loop says which micro-batch is a step's last
         "gradient_clipping": config.optimizer.clip_norm or 0.0,
-        "zero_optimization": _zero_section(),
+        "zero_optimization": zero_section(),
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {"enabled": half, "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }
@@ -119,7 +124,7 @@ def optimizer_tensors(optimizer) -> dict[str, Tensor]:
     tensors = {}
     for key, value in optimizer.optimizer.state[flat].items():
         for number, parameter in enumerate(group if isinstance(value, Tensor) else ()):
-            full = value if key == "step" else safe_get_full_optimizer_state(parameter, key)
+            full = value.clone() if key == "step" else safe_get_full_optimizer_state(parameter, key)
             tensors[f"{number}.{key}"] = full.cpu()
     return tensors
 

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import children
 import pytest
 import torch
-import yaml
-from conftest import ROOT, SMALL, UNEVEN, assert_one_line
+from conftest import UNEVEN
 from test_resume import assert_same_run, rows
-
-import kd
-from kd.losses import Loss
 
 # SGD: Adam divides by the size of tiny gradients and so magnifies rounding. 200 digits in batches of 48: the epoch's
 # last batch has 8 images. light_nn has dropout, whose masks do not depend on the number of processes either.
@@ -253,119 +246,3 @@ def test_a_failure_on_one_process_is_said_and_ends_both(tmp_path, image_folder):
     command = ("--model", "light_nn", "--data.source", image_folder, "--output_dir", tmp_path / "run")
     statuses = children.finish(*children.start_several("train_teacher", command, 2), timeout=60)
     assert all(status != 0 for status in statuses)
-
-
-# FSDP version 2, as `accelerate launch` asks for it; without GPUs, which Accelerate would take rather than the CPU.
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "CUDA_VISIBLE_DEVICES": ""}
-
-
-@pytest.mark.slow
-def test_fsdp2_gives_the_losses_of_one_process_and_resumes_exactly(alone, tmp_path):
-    for name, sabotage in (("whole", None), ("cut", ("kd.meter.Meter.add:SIGTERM", 6))):
-        command = (*ARGUMENTS, "--output_dir", tmp_path / name)
-        statuses = children.run_several("train_teacher", command, 2, sabotage, FSDP2)
-        assert statuses == ([0, 0] if sabotage is None else [143, 143])
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (alone, tmp_path / "whole")]
-    assert [summary["sharded"] for summary in summaries] == [False, True]
-    close(rows(alone), rows(tmp_path / "whole"), 1e-4)
-    assert kd.load(tmp_path / "whole").network.state_dict().keys() == kd.load(alone).network.state_dict().keys()
-    shutil.copytree(tmp_path / "cut", tmp_path / "other")
-    # the checkpoint is whole: it goes on exactly on as many processes, and without FSDP2 to rounding
-    result = launch("fsdp2", *command, "--num_threads", 1)  # not forked: each process reads in an order of its own
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "cut/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
-    assert children.run("train_teacher", (*ARGUMENTS, "--output_dir", tmp_path / "other")) == 0
-    close(rows(alone), rows(tmp_path / "other"), 1e-4)
-
-
-class Remembering(Loss):
-    """Distance to the mean of the logits that this process saw at the step before: a buffer that nobody keeps equal."""
-
-    needs_teacher = False
-
-    def setup(self, setting):
-        self.register_buffer("seen", torch.zeros(()))
-
-    def forward(self, student, teacher, batch):
-        value = (student.logits - self.seen).square().mean()
-        self.seen.copy_(student.logits.detach().mean())
-        return value
-
-
-@pytest.mark.slow
-def test_fsdp2_by_blocks_with_losses_that_learn_and_remember(teacher_run, tmp_path):
-    command = (
-        *("--config", "recipes/digits/kd.yaml", "--teacher", teacher_run, "--report_to", "none"),
-        *("--student", "resnet18", "--data.num_train", 72, "--data.batch_size", 24, "--epochs", 1, "--log_every", 1),
-        *("--optimizer.name", "sgd", "--optimizer.clip_norm", 0.5, "--losses+=test_parallel.Remembering"),
-        *("--losses+=CC", "--losses.init_args.student_tap", "layer4", "--losses.init_args.teacher_tap", "features"),
-        "--output_dir",
-    )
-    blocks = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicBlock"}
-    assert children.run_several("distill", (*command, tmp_path / "ddp"), 2) == [0, 0]
-    assert children.run_several("distill", (*command, tmp_path / "fsdp"), 2, None, {**FSDP2, **blocks}) == [0, 0]
-    # not the epoch's row: DDP evaluates with each process's own batch norm statistics
-    training = [[row for row in rows(tmp_path / name) if "lr" in row] for name in ("ddp", "fsdp")]
-    assert len(training[0]) == 3
-    close(*training, 1e-3)
-
-
-@pytest.mark.parametrize(
-    ("environment", "words"),
-    [
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, ("version 1", "fsdp_version: 2")),
-    ],
-)
-def test_engines_that_could_not_be_saved_whole_are_refused(call, monkeypatch, tmp_path, environment, words):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert_one_line(call("train_teacher", *SMALL, "--output_dir", tmp_path / "run"), *words)
-    assert not (tmp_path / "run").exists()
-
-
-PROCESSES = {
-    "cpu": 1,
-    "cpu_2proc": 2,
-    "single_gpu": 1,
-    "multi_gpu": 8,
-    "multi_node": 16,
-    "fsdp2": 8,
-    "deepspeed_zero2": 8,
-}
-
-
-@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))])
-def test_launch_configs_are_read_by_accelerate(name):
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    config = load_config_from_file(str(ROOT / "accelerate_configs" / f"{name}.yaml"))
-    assert config.num_processes == PROCESSES[name]
-    assert config.use_cpu == name.startswith("cpu")
-    if name == "fsdp2":
-        assert config.fsdp_config["fsdp_version"] == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["cpu", "cpu_2proc", "fsdp2"])
-def test_accelerate_launch(tmp_path, name):
-    result = launch(name, *SMALL, "--output_dir", tmp_path / "run", "--report_to", "none")
-    assert result.returncode == 0, result.stderr
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["num_processes"] == (1 if name == "cpu" else 2)
-    assert result.stdout.count("test accuracy") == 1
-    assert ("weights in 2 parts (FSDP2)" in result.stdout) == (name == "fsdp2")
-    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"] == "mnist_student"
-
-
-def launch(name: str, *arguments) -> subprocess.CompletedProcess:
-    """`accelerate launch` with one of the config files, on at most two processes."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += [
-        "--config_file",
-        f"accelerate_configs/{name}.yaml",
-        *(["--num_processes", "2"] if name == "fsdp2" else []),
-    ]
-    command += ["train_teacher.py", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
