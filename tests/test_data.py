@@ -19,7 +19,7 @@ from PIL import Image
 from kd import keyed
 from kd.config import DataConfig
 from kd.data import DROPOUT, Data, Split, TrainBatches, Views, load_data
-from kd.data.augment import augment
+from kd.data.augment import augment, gathered, shifts
 from kd.data.batches import ORDER
 from kd.data.decode import UnreadableImage, open_image, read_image
 from kd.data.split import balanced_order, carve
@@ -714,6 +714,9 @@ def test_augment_equals_a_loop_over_images(flip, pad, shape):
     views = augment(torch.from_numpy(images), keys, flip, pad)
     assert views.dtype == torch.uint8
     assert np.array_equal(views, augment_slowly(images, keys.tolist(), flip, pad))
+    if flip or pad:  # what a GPU does
+        drawn = shifts(keys, flip, pad)
+        assert torch.equal(gathered(torch.from_numpy(images), drawn, pad), views)
 
 
 def test_a_view_does_not_depend_on_the_other_images_of_the_batch():
