@@ -120,6 +120,8 @@ def kernels(entries: dict) -> str:
             f"{entry['ms_per_step']:.1f} ms a step under the profiler, {entry['kernel_percent']:.1f} % of it in kernels"
         )
         parts.append(f"{what}: {took}. {hardware(entry)}\n\n{table(['operation', '% of the step'], rows)}")
+        rows = [[name, f"{milliseconds:.2f}"] for name, milliseconds in entry["parts"].items()]
+        parts.append(table(["part of a step, without the profiler", "ms"], rows))
     return "\n".join(parts)
 
 

@@ -57,10 +57,7 @@ def profile(source: str, teacher: str, student: str, batch_size: int, steps: int
 
     kd.fit.TrainBatches.read = counted
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = ["--student", student, "--teacher", teacher, "--data.source", source, "--data.val_fraction", 0]
-            arguments += ["--data.batch_size", batch_size, "--max_steps", WARM_UP + steps + 1, "--epochs", 10_000]
-            call("distill", [*arguments, "--precompute", "always", "--output_dir", f"{folder}/run"])
+        _distill(source, teacher, student, batch_size, WARM_UP + steps)
     finally:
         kd.fit.TrainBatches.read = read
     microseconds = 1e6 * (clock[1] - clock[0])
@@ -80,6 +77,71 @@ def profile(source: str, teacher: str, student: str, batch_size: int, steps: int
     }
 
 
+def parts(source: str, teacher: str, student: str, batch_size: int, steps: int) -> dict:
+    """Milliseconds that the host spends in each part of a step of `distill.py`, without a profiler; on a CPU that is
+    the part's own time. What is inside another part is taken out of that one."""
+    from kd.data import TrainBatches
+    from kd.distiller import Distiller
+    from kd.engine import Engine
+    from kd.losses import KL, CrossEntropy
+    from kd.models.dropout import KeyedDropout
+    from kd.models.preprocess import Preprocess
+    from kd.precompute import TableTeacher
+
+    timed = {
+        "read the batch": (TrainBatches, "read"),
+        "look the teacher's outputs up": (TableTeacher, "answer"),
+        "normalise": (Preprocess, "forward"),
+        "dropout": (KeyedDropout, "forward"),
+        "KL": (KL, "forward"),
+        "cross entropy": (CrossEntropy, "forward"),
+        "the student's forward pass": (Distiller, "forward"),
+        "backward pass": (Engine, "_backward"),
+        "optimizer": (Engine, "update"),
+    }
+    spent, open_, calls, clock = dict.fromkeys(timed, 0.0), [], [], []
+    before = {name: getattr(owner, attribute) for name, (owner, attribute) in timed.items()}
+
+    def wrap(name: str):
+        def wrapped(*given, **named):
+            if name == "read the batch":
+                calls.append(None)
+                if len(calls) in (WARM_UP, WARM_UP + steps):
+                    clock.append(time.perf_counter())
+            counts, began, inside = len(clock) == 1, time.perf_counter(), [0.0]
+            open_.append(inside)
+            try:
+                return before[name](*given, **named)
+            finally:
+                took = time.perf_counter() - began
+                open_.pop()
+                if open_:
+                    open_[-1][0] += took
+                if counts:
+                    spent[name] += took - inside[0]
+
+        return wrapped
+
+    for name, (owner, attribute) in timed.items():
+        setattr(owner, attribute, wrap(name))
+    try:
+        _distill(source, teacher, student, batch_size, WARM_UP + steps)
+    finally:
+        for name, (owner, attribute) in timed.items():
+            setattr(owner, attribute, before[name])
+    whole = clock[1] - clock[0]
+    rows = {**spent, "the rest of the loop": whole - sum(spent.values())}
+    return {"parts": {name: 1000 * seconds / steps for name, seconds in rows.items()}}
+
+
+def _distill(source: str, teacher: str, student: str, batch_size: int, steps: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["--student", student, "--teacher", teacher, "--data.source", source, "--data.val_fraction", 0]
+        arguments += ["--data.batch_size", batch_size, "--max_steps", steps + 1, "--epochs", 10_000]
+        arguments += ["--checkpoint_every", 10_000, "--precompute", "always", "--output_dir", f"{folder}/run"]
+        call("distill", arguments)
+
+
 def measure(student: str, image_size: int, batch_size: int, steps: int, out: Path | None) -> dict:
     """Profile one student; its entry."""
     machine = about()
@@ -87,13 +149,17 @@ def measure(student: str, image_size: int, batch_size: int, steps: int, out: Pat
         own = {"KD_CACHE": f"{folder}/cache"}
         source = random_images(Path(folder, "set"), 10 * batch_size, image_size)
         teacher = child("kernels.py", "teacher", folder, student, source, environment=own)["run"]
-        found = child("kernels.py", "profile", source, teacher, student, batch_size, steps, environment=own)
+        given = (source, teacher, student, batch_size, steps)
+        found = child("kernels.py", "profile", *given, environment=own)
+        found.update(child("kernels.py", "parts", *given, environment=own))
     setting = {"student": student, "image_size": image_size, "batch_size": batch_size, "steps": steps}
     entry = {**machine, **setting, **found}
     record("kernels", f"{student}_{image_size}", entry, out)
     print(f"{student}: {found['ms_per_step']:.1f} ms/step, {found['kernel_percent']:.1f} % in kernels", flush=True)
     for row in found["largest"]:
         print(f"  {row['percent']:5.1f} %  {row['name']}")
+    for name, milliseconds in found["parts"].items():
+        print(f"  {milliseconds:6.3f} ms  {name}")
     return entry
 
 
@@ -109,8 +175,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.child:
         kind, *given = arguments.child
-        if kind == "profile":
-            print(json.dumps(profile(*given[:3], int(given[3]), int(given[4]))))
+        if kind in ("profile", "parts"):
+            print(json.dumps({"profile": profile, "parts": parts}[kind](*given[:3], int(given[3]), int(given[4]))))
         else:
             print(json.dumps({"run": make_teacher(*given)}))
         return 0

@@ -58,6 +58,7 @@ def made(folder) -> None:
     job = {"teacher": "resnet20", "student": "resnet8", "images": 100, "epochs": 3, "packages": {"timm": "1.0"}}
     common.record("peers", "cifar", {**MACHINE, **job, "seconds": seconds}, folder)
     found = {"ms_per_step": 5.0, "kernel_percent": 91.0, "largest": [{"name": "aten::mm", "percent": 40.0}]}
+    found["parts"] = {"backward pass": 4.25, "dropout": 0.125}
     common.record("kernels", "light_nn_32", {**MACHINE, **setting, **found}, folder)
     runs = [{"seconds": 25.0}, {"seconds": 27.0}]
     common.record("gpu", "tutorial", {**MACHINE, "epochs": 10, "runs": runs}, folder)
@@ -74,6 +75,7 @@ def test_tables_say_what_was_measured(tmp_path):
     assert "1,350 MB of decoded images and 700 MB of tables within a cgroup of 900 MB" in tables["growth"]
     assert "| timm 1.0 | 9.0 (6.0 to 12.0) | 33 | 3.0 |" in tables["peers"]
     assert "91.0 % of it in kernels" in tables["kernels"]
+    assert "| backward pass | 4.25 |" in tables["kernels"]
     assert "26.0 (25.0 to 27.0) s" in tables["gpu"]
     assert "| teacher | 95.10 (95.10 to 95.10) | 300 (300 to 300) | 20,000 (20,000 to 20,000) |" in tables["gpu"]
     assert all("A processor, 2 cores, 2 threads" in text for text in tables.values())
@@ -193,6 +195,9 @@ def test_kernels_names_the_operations(digits):
     assert 0 < found["kernel_percent"] <= 100
     assert any("convolution" in row["name"] for row in found["largest"])
     assert sum(row["percent"] for row in found["largest"]) <= found["kernel_percent"] + 1e-6
+    parts = kernels.parts(*digits, "light_nn", 128, 2)["parts"]
+    assert len(parts) == 10
+    assert all(milliseconds > 0 for milliseconds in parts.values())
 
 
 @pytest.mark.slow
