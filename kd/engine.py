@@ -55,14 +55,18 @@ class Engine:
         with self._accumulating(last):
             with self.accelerator.autocast():  # Accelerate's own wrapper does this too, but not under FSDP2
                 terms = self.model(batch, teacher)
-            self._backward(sum(terms.values()) * share)
+            loss = sum(terms.values())
+            self._backward(loss if share == 1 else loss * share)
         return terms
 
     def _accumulating(self, last: bool):
         return nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def _backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
+        if self.accelerator.scaler is None:
+            loss.backward()
+        else:
+            self.accelerator.backward(loss)
 
     def settle(self, forward_backward: Callable[[], object]) -> None:
         """Before the first step of a start: let DistributedDataParallel choose its buckets as in all later steps.
