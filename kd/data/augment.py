@@ -46,7 +46,7 @@ def sliced(images: Tensor, drawn: Tensor, pad_crop: int) -> Tensor:
     padded = np.zeros((count, channels, height + 2 * pad_crop, width + 2 * pad_crop), np.uint8)
     padded[:, :, pad_crop : pad_crop + height, pad_crop : pad_crop + width] = images.numpy()
     views = np.empty((count, channels, height, width), np.uint8)
-    for view, image, (flipped, down, right) in zip(views, padded, drawn.tolist(), strict=True):
+    for view, image, (flipped, down, right) in zip(views, padded, drawn.numpy().tolist(), strict=True):
         crop = image[:, down : down + height, right : right + width]
         view[:] = crop[:, :, ::-1] if flipped else crop
     return torch.from_numpy(views)
