@@ -26,6 +26,7 @@ from kd.data.store import Store
 from kd.device import to_device
 from kd.errors import say
 from kd.fixed_table import fixed_table
+from kd.mapped import announce
 from kd.models import Classifier, state_hash
 from kd.outputs import Batch, Outputs
 from kd.run_folder import Run
@@ -65,6 +66,8 @@ class TableTeacher:
         """What the teacher said about a batch's images."""
         places = batch.index.cpu() if batch.lookup is None else batch.lookup[:, 0]  # a GPU is not waited for
         rows = self._place_to_row[places.numpy()]
+        for table in self._rows.values():
+            announce(table, rows)
         values = {
             name: to_device(torch.from_numpy(table[rows]), batch.index.device) for name, table in self._rows.items()
         }

@@ -16,7 +16,7 @@ SCRIPTS = ("train_teacher.py", "distill.py", "evaluate.py")
 
 # From low to high; a module imports only from rooms before its own, or from its own.
 ROOMS = (
-    ("errors", "keyed", "outputs", "metrics", "cost", "parallel", "machine", "page", "device", "aside"),
+    ("errors", "keyed", "outputs", "metrics", "cost", "parallel", "machine", "page", "device", "aside", "mapped"),
     ("models", "data", "losses"),
     ("config",),
     ("parse",),

@@ -136,6 +136,15 @@ def test_a_full_disk_costs_the_table_and_not_the_run(tmp_path, monkeypatch, caps
     assert capsys.readouterr().out.count("the disk is full") == 1
 
 
+def test_the_share_that_is_filled_is_counted_by_its_marks(tmp_path):
+    table, images = ViewTable(tmp_path / "t", SHAPES, 6, 3), pictures(4)
+    assert table.filled(np.arange(6)) == 0
+    table.look(lookup((0, 0), (0, 2), (2, 2), (5, 1)), images, Network())
+    assert table.filled(np.arange(6)) == 4 / 18
+    assert table.filled(np.array([0, 2])) == 3 / 6
+    assert table.filled(np.array([1, 3])) == 0
+
+
 def test_an_empty_table_takes_no_space(tmp_path):
     ViewTable(tmp_path / "t", SHAPES, 100_000, 162)
     assert (tmp_path / "t" / "rows.bin").stat().st_size > 1e9

@@ -22,6 +22,7 @@ from kd.data.stream import Encoded, ahead, in_workers
 from kd.data.views import Views as Views
 from kd.device import free_memory, to_device
 from kd.errors import UserError, say
+from kd.mapped import announce
 
 
 def default_cache_dir() -> Path:
@@ -75,14 +76,28 @@ class Split:
             wheres: may have no end.
         """
         pinned, images = device.type == "cuda", self.store.images
-        if self.resident is None and isinstance(images, Encoded) and images.workers:
-            prepared = in_workers(self.on_host, wheres, images.workers, pinned)
-        elif self.resident is None and pinned:
-            prepared = ahead(lambda where: [part.pin_memory() for part in self.on_host(where)], wheres)
-        else:
+        if self.resident is not None:
             prepared = (self.read(where, device) for where in wheres)
+        elif isinstance(images, Encoded) and images.workers:
+            prepared = in_workers(self.on_host, wheres, images.workers, pinned)
+        elif pinned:
+            prepared = ahead(lambda where: [part.pin_memory() for part in self.on_host(where)], self._announced(wheres))
+        else:
+            prepared = map(self.on_host, self._announced(wheres))
         for parts in prepared:
             yield tuple(part.to(device, non_blocking=True) for part in parts)
+
+    def _announced(self, wheres: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The same, each when the disk has been told of the one after it."""
+        last = None
+        for where in wheres:
+            if isinstance(self.store.images, np.ndarray):
+                announce(self.store.images, self.places[where])
+            if last is not None:
+                yield last
+            last = where
+        if last is not None:
+            yield last
 
     def kept_on(self, device: torch.device) -> Split:
         """This split with its images on the device, from where a batch is gathered without the CPU."""
