@@ -312,7 +312,7 @@ def test_hub_without_network_is_one_line(monkeypatch):
     def unreachable(name):
         raise ConnectionError(f"Couldn't reach '{name}' on the Hub\n(offline)")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     with pytest.raises(UserError) as caught:
         load_data(DataConfig(source="hub:nobody/nothing"))
     line = str(caught.value)

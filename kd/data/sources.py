@@ -209,12 +209,22 @@ def _load_hub(name: str):
     import datasets
 
     try:
-        return dict(datasets.load_dataset(name))
+        return _prepared(datasets.load_dataset_builder(name))
     except Exception as error:  # the hub's errors have many types; all mean that the set is not there
         raise UserError(
             f"cannot load hub:{name} ({' '.join(str(error).split())[:200]}); check the name and the network, or "
             f"download its Parquet files to a folder and give that folder as data.source"
         ) from None
+
+
+def _prepared(builder) -> dict[str, Any]:
+    """The splits of a `datasets` builder, whose files are read if they have not been."""
+    from pyarrow.dataset import ParquetFragmentScanOptions
+
+    if hasattr(builder.config, "fragment_scan_options"):  # of Parquet, from datasets 4.2 on: no file is held whole
+        builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)
+    builder.download_and_prepare()
+    return dict(builder.as_dataset())
 
 
 def _open_parquet(folder: Path, source: str, image_column: str | None, label_column: str | None, notes: list[str]):
@@ -226,7 +236,7 @@ def _load_parquet(folder: Path):
 
     datasets.disable_progress_bars()
     try:
-        return dict(datasets.load_dataset(str(folder)))
+        return _prepared(datasets.load_dataset_builder(str(folder)))
     except Exception as error:  # a damaged Parquet file raises one of many types
         raise UserError(
             f"data.source {str(folder)!r}: cannot read its Parquet files: {' '.join(str(error).split())[:200]}"
