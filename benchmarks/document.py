@@ -21,6 +21,12 @@ from common import RESULTS, median, spread  # noqa: E402
 DOCUMENT, PICTURE = ROOT / "docs/speed.md", ROOT / "docs/speed.png"
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOTHING = "Not measured yet.\n"
+# the stages of growth.py's axis memory
+WITHIN = {
+    "store": "images decoded into the store",
+    "table": "a table of the teacher's features made, an epoch from it",
+    "views": "two epochs with flips, a table of views filled",
+}
 
 
 def hardware(entry: dict) -> str:
@@ -72,12 +78,16 @@ def growth(entries: dict) -> str:
     parts = []
     for axis, entry in entries.items():
         if axis == "memory":
-            peak = f"{entry['group_peak_mb']:,.0f} MB" if entry["group_peak_mb"] else "not known"
-            parts.append(
-                f"{entry['store_mb']:,.0f} MB of decoded images and {entry['tables_mb']:,.0f} MB of tables within a "
-                f"{entry['limit']} of {entry['limit_mb']:,.0f} MB: {entry['seconds']:.0f} s, "
-                f"peak {peak}, of it {entry['peak_mb']:,.0f} MB resident in the process. {hardware(entry)}\n"
-            )
+            rows = []
+            for row in entry["rows"]:
+                speed, held = (
+                    "" if row[key] is None else f"{row[key]:,.0f}" for key in ("images_per_second", "held_mb")
+                )
+                rows.append([WITHIN[row["stage"]], f"{row['made_mb']:,.0f}", f"{row['seconds']:.0f}", speed, held])
+            columns = ["within the limit", "MB on disk", "seconds", "images/s", "most MB held"]
+            what = f"{entry['images']:,} images, {entry['source_mb']:,.0f} MB of Parquet files"
+            limit = f"A limit of {entry['limit_mb']:,.0f} MB ({entry['limit']})"
+            parts.append(f"{limit}; {what}.\n\n{table(columns, rows)}\n{hardware(entry)}\n")
             continue
         rows = []
         for row in entry["rows"]:
@@ -90,8 +100,18 @@ def growth(entries: dict) -> str:
             ]
             rows.append([f"{row[axis]:,}", *numbers])
         columns = [axis, "ms/step", "s to the first step", "the same, nothing made before", "peak MB"]
-        parts.append(f"{table(columns, rows)}\n{hardware(entry)}\n")
+        parts.append(f"{table(columns, rows)}\n{_times(axis, entry['rows'])}{hardware(entry)}\n")
     return "\n".join(parts)
+
+
+def _times(axis: str, rows: list[dict]) -> str:
+    """By how much the work grows over an axis, and each cost with it; at most as much is at most linear."""
+    first, last = rows[0], rows[-1]
+    if not first[axis] or len(rows) == 1:
+        return ""
+    costs = {"ms/step": "ms_per_step", "seconds": "seconds_to_first_step", "with nothing made": "cold_seconds"}
+    grown = [f"{name} {last[key] / first[key]:.1f}" for name, key in (costs | {"MB": "peak_mb"}).items() if first[key]]
+    return f"{last[axis] / first[axis]:,.0f} times the {axis}: {', '.join(grown)} times. "
 
 
 def peers(entries: dict) -> str:

@@ -11,9 +11,11 @@ before (images decoded, the teacher asked) and once with everything found, and t
 The teacher is asked at each step in the axes teachers and taps, where its own cost is the question, and has a table in
 the others. Rows of an axis are measured in turns, so that other work on the machine falls on all of them.
 
-memory: the decoded images, and again the table of tapped features, exceed a limit on memory within which the run must
-decode, ask the teacher and train. The limit is a memory cgroup's where this user may make one; it counts pages of
-mapped files too, which the kernel drops when it must. Elsewhere it is RLIMIT_DATA, which does not count them.
+memory: within a limit on memory a set is decoded, a table of a teacher's features of all its images is made and trained
+from, and a table of views is filled and looked up; each of the three is larger than the limit, and so are the Parquet
+files. The limit is a memory cgroup's where this user may make one; it counts pages of mapped files too, which the
+kernel drops when it must: "held" is what it cannot drop, looked at fifty times a second. Elsewhere the limit is
+RLIMIT_DATA, of each process, and what is held is not known. Takes 12 GB of disk at 1,200 MB.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import os
 import resource
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -43,6 +46,8 @@ AXES = {
 BASE = {"images": 4_000, "classes": 10, "teachers": 1, "taps": 0, "processes": 1}
 TAPPED = ("features.0", "features.2", "features.3")
 BATCH, LOG_EVERY = 128, 5
+# what is done within the memory limit, in turn, and the arguments of the runs
+STAGES = {"store": [], "table": ["--epochs", 1], "views": ["--epochs", 2, "--data.flip", "true"]}
 
 
 def _peak_mb() -> float:
@@ -150,48 +155,81 @@ def memory_group(limit_bytes: int):
     yield None
 
 
+def _held(group: Path) -> int:
+    """Bytes that the processes of a memory cgroup hold and the kernel cannot drop: all but pages of files."""
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int(stat.get("anon") or stat["rss"]) + int(stat["shmem"])  # version 2's name, version 1's
+
+
+@contextlib.contextmanager
+def watched(group: Path | None):
+    """A list that gets the most, in MB, that a memory cgroup's processes hold meanwhile; None without a group."""
+    seen, ended = [], threading.Event()
+
+    def watch() -> None:
+        while group and not ended.wait(0.02):
+            seen.append(_held(group) / 1e6)
+
+    most: list[float | None] = []
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        thread.join()
+        most.append(max(seen, default=None))
+
+
 def within_memory(limit_mb: int, folder: Path, out: Path | None) -> dict:
-    """A set and a table larger than a limit on memory: decoded, asked and trained on within it."""
-    machine, side = about(), 96
+    """A set, a table of a teacher and a table of views larger than a limit on memory, made and trained on within it."""
+    machine, side, folder = about(), 96, folder / "large"
     count = int(1.5 * limit_mb * 1e6 / (3 * side * side))
-    source = random_images(folder / "large/set", count, side)
-    small = random_images(
-        folder / "large/few", 100, side
-    )  # a teacher of its own: the large set is decoded in the limit
-    quiet = {"KD_CACHE": str(folder / "large/own")}
-    teacher = child("growth.py", "teacher", folder / "large", "light_nn", small, "--data.crop", 32, environment=quiet)[
-        "run"
-    ]
-    cache = folder / "large/cache"
+    source = random_images(folder / "set", count, side)
+    # a teacher of a set of its own: the large one is decoded within the limit
+    small, own = random_images(folder / "few", 100, side), {"KD_CACHE": str(folder / "own")}
+    teacher = child("growth.py", "teacher", folder, "light_nn", small, "--data.crop", 32, environment=own)["run"]
+    cache, rows, before = folder / "cache", [], 0
+    apart = {"KD_CACHE": str(cache), "HF_DATASETS_CACHE": str(folder / "hf")}
     with memory_group(int(limit_mb * 1e6)) as group:
-        given = (source, teacher, folder / "large", group or "", int(limit_mb * 1e6))
-        apart = {"KD_CACHE": str(cache), "HF_DATASETS_CACHE": str(folder / "large/hf")}
-        run = child("growth.py", "large", *given, environment=apart)
-        peak = None
-        for name in ("memory.max_usage_in_bytes", "memory.peak"):
-            if group and (group / name).exists():
-                peak = int((group / name).read_text()) / 1e6
-    sizes = {kind: sum(f.stat().st_size for f in (cache / kind).rglob("*.npy")) / 1e6 for kind in ("store", "tables")}
-    entry = {**machine, "limit_mb": limit_mb, "limit": "cgroup" if group else "RLIMIT_DATA", "images": count, **run}
-    entry |= {"store_mb": sizes["store"], "tables_mb": sizes["tables"], "group_peak_mb": peak}
-    print(f"memory: {entry}", flush=True)
+        for stage in STAGES:
+            given = (stage, source, teacher, folder / stage, group or "", int(limit_mb * 1e6))
+            with watched(group) as most:
+                run = child("growth.py", "large", *given, environment=apart)
+            files = (
+                sum(file.stat().st_blocks * 512 for file in cache.rglob("*") if file.suffix in (".npy", ".bin")) / 1e6
+            )
+            rows.append({"stage": stage, **run, "made_mb": files - before, "held_mb": most[0]})
+            before = files
+            print(f"memory: {rows[-1]}", flush=True)
+    entry = {**machine, "limit_mb": limit_mb, "limit": "cgroup" if group else "RLIMIT_DATA", "images": count}
+    entry |= {"source_mb": sum(f.stat().st_size for f in Path(source).rglob("*.parquet")) / 1e6, "rows": rows}
     record("growth", "memory", entry, out)
     return entry
 
 
-def large(source: str, teacher: str, folder: str, group: str, limit_bytes: int) -> dict:
-    """Within the limit: decode the set, ask the teacher for two features of every image, take 30 steps."""
+def large(stage: str, source: str, teacher: str, folder: str, group: str, limit_bytes: int) -> dict:
+    """Within the limit: seconds of a stage, and images a second of its training steps."""
     if group:
         Path(group, "cgroup.procs").write_text(str(os.getpid()))
     else:
         resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
     began = time.perf_counter()
+    if stage == "store":
+        from kd.config import DataConfig
+        from kd.data import load_data
+
+        with contextlib.redirect_stdout(sys.stderr):
+            load_data(DataConfig(source=source, val_fraction=0))
+        return {"seconds": time.perf_counter() - began, "images_per_second": None}
     taps = [{"student_tap": name, "teacher_tap": name} for name in TAPPED[1:]]
     terms = [{"class_path": "FeatureDistance", "init_args": tap} for tap in taps]
     arguments = ["--student", "light_nn", "--teacher", teacher, "--data.source", source, "--data.val_fraction", 0]
-    arguments += ["--losses", json.dumps(terms), "--data.batch_size", BATCH, "--data.crop", 32, "--max_steps", 30]
-    call("distill", [*arguments, "--precompute", "always", "--output_dir", f"{folder}/run"])
-    return {"seconds": time.perf_counter() - began, "peak_mb": _peak_mb()}
+    arguments += ["--losses", json.dumps(terms), "--data.batch_size", BATCH, "--data.crop", 32, *STAGES[stage]]
+    call("distill", [*arguments, "--precompute", "always", "--output_dir", folder])
+    summary = json.loads(Path(folder, "summary.json").read_text())
+    shown = summary["epochs"] * summary["images"]["train"]
+    return {"seconds": time.perf_counter() - began, "images_per_second": shown / summary["seconds"]}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -210,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         if kind == "one":
             result = one(given[0], int(given[1]), int(given[2]), given[3], given[4], int(given[5]), given[6])
         elif kind == "large":
-            result = large(*given[:4], int(given[4]))
+            result = large(*given[:5], int(given[5]))
         else:
             result = {"run": make_teacher(*given)}
         if result:

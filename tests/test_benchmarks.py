@@ -51,8 +51,11 @@ def made(folder) -> None:
         for count in (1000, 4000)
     ]
     common.record("growth", "images", {**MACHINE, "rows": rows}, folder)
-    memory = {"limit": "cgroup", "limit_mb": 900, "images": 7, "seconds": 30.0, "peak_mb": 500.0}
-    memory |= {"store_mb": 1350.0, "tables_mb": 700.0, "group_peak_mb": 899.0}
+    stages = [
+        {"stage": "store", "seconds": 30.0, "images_per_second": None, "made_mb": 1350.0, "held_mb": 600.4},
+        {"stage": "table", "seconds": 50.0, "images_per_second": 2500.0, "made_mb": 1700.0, "held_mb": None},
+    ]
+    memory = {"limit": "cgroup", "limit_mb": 900, "images": 7000, "source_mb": 1234.5, "rows": stages}
     common.record("growth", "memory", {**MACHINE, **memory}, folder)
     seconds = {"ours": [2.0, 4.0], "timm": [6.0, 12.0]}
     job = {"teacher": "resnet20", "student": "resnet8", "images": 100, "epochs": 3, "packages": {"timm": "1.0"}}
@@ -72,7 +75,10 @@ def test_tables_say_what_was_measured(tmp_path):
     assert "| first run | 3.0 (2.0 to 4.0) | 6.0 (6.0 to 6.0) | 62.00 (61.50 to 62.50) |" in tables["plain"]
     assert "| `light_nn` | 32 | 128 | kl | 970 | 1,000 | 97.0 (97.0 to 97.0) |" in tables["limit"]
     assert "| 4,000 | 4.5 | 3.0 | 40.0 | 800 |" in tables["growth"]
-    assert "1,350 MB of decoded images and 700 MB of tables within a cgroup of 900 MB" in tables["growth"]
+    assert "4 times the images: ms/step 1.0, seconds 1.0, with nothing made 4.0, MB 1.0 times. " in tables["growth"]
+    assert "A limit of 900 MB (cgroup); 7,000 images, 1,234 MB of Parquet files." in tables["growth"]
+    assert "| images decoded into the store | 1,350 | 30 |  | 600 |" in tables["growth"]
+    assert "an epoch from it | 1,700 | 50 | 2,500 |  |" in tables["growth"]
     assert "| timm 1.0 | 9.0 (6.0 to 12.0) | 33 | 3.0 |" in tables["peers"]
     assert "91.0 % of it in kernels" in tables["kernels"]
     assert "| backward pass | 4.25 |" in tables["kernels"]
