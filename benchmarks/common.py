@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
-SHARD = 4096  # images a file: pyarrow may hold a whole file in memory
+SHARD = 4096  # images a file: datasets before 4.2 holds a whole file in memory
 DISTINCT = 256  # different random images of a made set; the others are copies, which cost a run the same
 
 
