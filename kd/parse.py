@@ -19,8 +19,6 @@ from kd.config import DEFAULT_LOSSES, FREE_FIELDS, DataConfig, DistillConfig, Op
 from kd.errors import UserError, unknown
 from kd.losses import LOSSES, Loss
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
 
 class _Parser(ArgumentParser):
     """jsonargparse's parser whose errors are one line that names what is known."""
@@ -45,13 +43,16 @@ def parse(config_class, argv: list[str] | None, positional: str | None = None):
     """
     if os.getcwd() not in sys.path:  # so that my_losses.MyLoss is found beside the recipe's command
         sys.path.append(os.getcwd())
+    argv = sys.argv[1:] if argv is None else list(argv)
+    # Only the help shows the strings below the fields; to read them takes as long as all else here.
+    set_parsing_settings(docstring_parse_attribute_docstrings=not {"-h", "--help"}.isdisjoint(argv))
     parser = _Parser(description=config_class.__doc__, allow_abbrev=False)
     if positional:
         parser.add_argument(positional, nargs="+", type=str, help="run folders")
     else:
         parser.add_argument("--config", action="config", help="YAML recipe; flags win over it")
     parser.add_class_arguments(config_class, nested_key=None)
-    argv = _replace_losses(_recipes_first(sys.argv[1:] if argv is None else list(argv)))
+    argv = _replace_losses(_recipes_first(argv))
     argv, changes = _take_changes(argv)
     if config_class in DEFAULT_LOSSES and not _gives_losses(argv):
         parser.set_defaults({"losses": DEFAULT_LOSSES[config_class]})
