@@ -1,6 +1,7 @@
 """Scripts in processes of their own that can be killed: forked from a server that has everything imported already.
 
-The server has run no torch operation before it forks, so its children may use threads.
+The server has run no torch operation before it forks, so its children may use threads. conftest.py starts it before the
+first test, so that it imports while others run.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +19,25 @@ SHARED = ROOT.parent / "shared"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _environment(tmp_path_factory):
+    """No login of the user's, no network, a cache of this test session's own; the server of `children`, if needed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NETRC", "/nonexistent")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("KD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        for name in ("WANDB_API_KEY", "WANDB_MODE"):
+            patch.delenv(name, raising=False)
+        if "children" in sys.modules:
+            forkserver.ensure_running()
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _clean_process(monkeypatch, tmp_path_factory):
-    """No tracker key, no network, a cache of this test session's own, no accelerator left by another test."""
+def _clean_process(monkeypatch):
+    """No tracker key and no accelerator left by another test."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", "/nonexistent")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("KD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.chdir(ROOT)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     yield

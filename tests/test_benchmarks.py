@@ -87,6 +87,7 @@ def test_tables_say_what_was_measured(tmp_path):
     assert all("A processor, 2 cores, 2 threads" in text for text in tables.values())
 
 
+@pytest.mark.slow
 def test_document_and_picture_are_written_beside_the_numbers(tmp_path):
     before = document.DOCUMENT.read_text()
     made(tmp_path)

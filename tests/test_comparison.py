@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 
@@ -28,6 +29,11 @@ comparison = load(ROOT / "recipes/comparison.py")
 PAIRS = list(comparison.published())
 
 
+@functools.cache
+def config_of(path) -> DistillConfig:
+    return parse(DistillConfig, ["--config", str(path)])
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     return comparison.write("cifar100", tmp_path_factory.mktemp("recipes"))
@@ -48,6 +54,7 @@ def test_the_recipes_are_those_of_the_table(written):
     assert content["losses"][0] == {"class_path": "DKD", "init_args": {"beta": 2.0}}
     assert content["optimizer"]["lr"] == 0.05
     assert content["epochs"] == 240
+    parse(TeacherConfig, ["--config", str(next(path for path in written if path.stem == "resnet56"))])
     mobile = next(path for path in written if path.parts[-2] == "vgg13_cifar_mobilenet_v2_half")
     assert yaml.safe_load(mobile.read_text())["optimizer"]["lr"] == 0.01
 
@@ -73,7 +80,7 @@ SETTINGS = {
 @pytest.mark.parametrize("method", WEIGHTS | SETTINGS)
 def test_weights_and_settings_are_the_published_ones(written, method):
     path = next(path for path in written if path.parts[-2:] == ("resnet56_resnet20", f"{method}.yaml"))
-    losses = parse(DistillConfig, ["--config", str(path)]).losses
+    losses = config_of(path).losses
     assert [loss.weight for loss in losses] == WEIGHTS.get(method, [1, 1])
     assert {name: getattr(losses[0], name) for name in SETTINGS.get(method, {})} == SETTINGS.get(method, {})
 
@@ -95,11 +102,10 @@ def test_weights_that_differ_by_the_pair(written):
 @pytest.mark.parametrize("method", comparison.METHODS)
 def test_a_recipe_of_every_method_is_accepted(written, method):
     path = next(path for path in written if path.parts[-2:] == ("resnet56_resnet20", f"{method}.yaml"))
-    config = parse(DistillConfig, ["--config", str(path)])
+    config = config_of(path)
     assert [type(loss).__name__ for loss in config.losses] == [name for name, _ in comparison.METHODS[method][1]]
     assert config.output_dir == f"runs/cifar100/resnet56_resnet20/{method}"
     assert config.teacher == "runs/cifar100/networks/resnet56"
-    parse(TeacherConfig, ["--config", str(path.parent.parent / "networks/resnet56.yaml")])
 
 
 @pytest.mark.parametrize("method", comparison.METHODS)

@@ -58,6 +58,7 @@ def ask(file: Path, images: np.ndarray) -> np.ndarray:
     return session.run(None, {"images": images})[0]
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_onnx_and_int8_equal_the_run_and_what_is_said_of_them(call, teacher_run, digits, tmp_path):
     import onnx
@@ -108,6 +109,7 @@ def test_onnx_and_int8_equal_the_run_and_what_is_said_of_them(call, teacher_run,
     assert [made_by[node.input[0]] for node in graph.node if node.op_type == "Resize"] == ["Cast"]  # stays in float32
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_preprocessing_may_stay_outside(call, teacher_run, digits, tmp_path):
     result = call(COMMAND, teacher_run, "--to", "onnx", "--preprocess", "outside", "--out", tmp_path)
@@ -121,6 +123,7 @@ def test_preprocessing_may_stay_outside(call, teacher_run, digits, tmp_path):
     assert taken == {"name": "images", "type": "float32", "shape": ["batch", 3, 28, 28], "preprocess": "outside"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preprocess", ["inside", "outside"])
 def test_a_torch_program_takes_any_number_of_images(call, teacher_run, digits, tmp_path, preprocess):
     file = tmp_path / "net.pt2"
@@ -141,6 +144,7 @@ def test_a_torch_program_takes_any_number_of_images(call, teacher_run, digits, t
         assert not any(str(ROOT).encode() in archive.read(name) for name in archive.namelist())
 
 
+@pytest.mark.slow
 def test_without_its_images_an_export_is_checked_on_noise_and_nothing_is_fetched(call, teacher_run, bare, monkeypatch):
     import urllib.request
 
@@ -254,6 +258,7 @@ def test_a_spread_is_of_runs_that_differ_by_the_seed_alone(call, seeds, teacher_
     assert not (seeds[0] / "export").exists()
 
 
+@pytest.mark.slow
 def test_what_is_there_is_kept_unless_it_is_to_be_replaced(call, bare, tmp_path):
     out = tmp_path / "out"
     assert call(COMMAND, bare, "--to", "safetensors", "--out", out).status == 0
@@ -289,6 +294,7 @@ def test_nan_is_a_difference():
         formats.check(lambda images: nothing[: len(images)], lambda images: torch.ones(len(images), 3), nothing, "", "")
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_traced_is_one_line(call, tmp_path, monkeypatch):
     (tmp_path / "odd_nets.py").write_text(
         "from torch import nn\nclass Odd(nn.Module):\n"

@@ -16,7 +16,7 @@ CLASSES = ["a", "b", "c"]
 TORCHVISION = ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1"]
 SLOW = [
     *("deeper_cnn", "vgg11_bn", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "mnasnet0_5"),
-    *("regnet_y_400mf", "resnext50_32x4d", "swin_t", "vit_b_32", "convnext_tiny"),
+    *("resnet110", "regnet_y_400mf", "resnext50_32x4d", "swin_t", "vit_b_32", "convnext_tiny"),
 ]
 
 
@@ -31,6 +31,11 @@ def trained(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
+def slow(*names: str) -> list:
+    """Parameters of the second tier."""
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def norms(network: nn.Module) -> int:
     return sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
 
@@ -39,9 +44,9 @@ def norms(network: nn.Module) -> int:
     "name",
     [
         *(name for name in SMALL_NETS if name not in SLOW),
-        *CIFAR_NETS,
+        *(name for name in CIFAR_NETS if name not in SLOW),
         *TORCHVISION,
-        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+        *slow(*SLOW),
     ],
 )
 @torch.no_grad()
@@ -112,30 +117,30 @@ def test_what_cannot_be_folded_stays(network):
     assert norms(copied) == norms(network)
 
 
-def test_every_tap_of_a_folded_teacher_is_what_its_module_gives():
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", *slow("vgg8", "shufflenet_v2_cifar")])
+def test_every_tap_of_a_folded_teacher_is_what_its_module_gives(name):
     torch.manual_seed(0)
-    for name in ("resnet8", "vgg8", "wrn_16_1", "shufflenet_v2_cifar"):
-        classifier = build_classifier(name, CLASSES, View())
-        trained(classifier.network)
-        images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-        names = [known for known, _ in classifier.network.named_modules() if known]
-        twin = build_classifier(name, CLASSES, View()).eval()
-        twin.network.load_state_dict(classifier.network.state_dict())
-        twin.tap(names)
-        with torch.no_grad():
-            wanted = twin.outputs(images)
-        teacher = Teacher([classifier], CLASSES)
-        assert norms(folded(classifier.network)) < norms(classifier.network)
-        before = state_hash(teacher)
-        teacher.outputs(images)  # folded without taps first
-        for one in (["pool"], ["stage1.preact", "stage2"], ["stem"], names):
-            teacher.tap(one)
-            got = teacher.outputs(images)
-            assert set(one) <= set(got.features)
-            for tap, value in got.features.items():
-                assert torch.allclose(value, wanted.features[tap], rtol=1e-4, atol=1e-4), (name, tap)
-            assert torch.allclose(got.logits, wanted.logits, rtol=1e-4, atol=1e-4)
-        assert state_hash(teacher) == before
+    classifier = build_classifier(name, CLASSES, View())
+    trained(classifier.network)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    names = [known for known, _ in classifier.network.named_modules() if known]
+    twin = build_classifier(name, CLASSES, View()).eval()
+    twin.network.load_state_dict(classifier.network.state_dict())
+    twin.tap(names)
+    with torch.no_grad():
+        wanted = twin.outputs(images)
+    teacher = Teacher([classifier], CLASSES)
+    assert norms(folded(classifier.network)) < norms(classifier.network)
+    before = state_hash(teacher)
+    teacher.outputs(images)  # folded without taps first
+    for one in (["pool"], ["stage1.preact", "stage2"], ["stem"], names):
+        teacher.tap(one)
+        got = teacher.outputs(images)
+        assert set(one) <= set(got.features)
+        for tap, value in got.features.items():
+            assert torch.allclose(value, wanted.features[tap], rtol=1e-4, atol=1e-4), tap
+        assert torch.allclose(got.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+    assert state_hash(teacher) == before
 
 
 def test_a_teachers_answers_can_be_kept_for_a_backward_pass():

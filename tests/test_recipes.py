@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import subprocess
 
@@ -16,7 +17,8 @@ from kd.parse import parse
 from kd.setup import build_trained
 
 
-def first_weights(recipe: str) -> tuple[list[list[float]], tuple]:
+@functools.cache
+def first_weights(recipe: str) -> tuple[list[bytes], tuple]:
     """A recipe's weights before its first step, and what else must be equal in a comparison."""
     content = (ROOT / f"recipes/{recipe}.yaml").read_text()
     config = parse(DistillConfig if "student:" in content else TeacherConfig, ["--config", f"recipes/{recipe}.yaml"])
@@ -24,7 +26,7 @@ def first_weights(recipe: str) -> tuple[list[list[float]], tuple]:
     split = Split(store, np.arange(20))
     data = Data([f"class {i}" for i in range(10)], split, None, split)
     name = config.student if isinstance(config, DistillConfig) else config.model
-    weights = [tensor.tolist() for tensor in build_trained(name, data, config).state_dict().values()]
+    weights = [tensor.numpy().tobytes() for tensor in build_trained(name, data, config).state_dict().values()]
     return weights, (config.data, config.optimizer, config.epochs, config.seed)
 
 

@@ -31,6 +31,7 @@ KINDS = {
     "only_student_right": "only the student is right",
     "both_wrong": "both are wrong and differ",
 }
+pytestmark = pytest.mark.slow
 EMPTY = ("meta", "img", "br", "link", "input")
 
 

@@ -65,11 +65,12 @@ def uninterrupted(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "moments",
     [
-        [("kd.meter.Meter.add", 1)],  # before the first checkpoint
         [("kd.meter.Meter.add", 4), ("kd.meter.Meter.add", 3), ("kd.meter.Meter.add", 6)],  # three times
-        [("kd.checkpoint._write", 2)],  # inside a checkpoint's files
-        # twice there; the checkpoint is whole but not renamed; while an old one is deleted; between the results' files
+        # before the first checkpoint; inside a checkpoint's files; twice there; the checkpoint is whole but not
+        # renamed; while an old one is deleted; between the results' files
         *slow(
+            [("kd.meter.Meter.add", 1)],
+            [("kd.checkpoint._write", 2)],
             [("kd.checkpoint._write", 2), ("kd.checkpoint._write", 5)],
             [("kd.checkpoint.os.rename", 3)],
             [("kd.checkpoint.shutil.rmtree", 4)],

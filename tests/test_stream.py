@@ -30,6 +30,7 @@ from kd.data.stream import AHEAD, Encoded, ahead, in_workers
 from kd.errors import UserError
 
 FLIPPED = Views(flip=True, pad_crop=2)
+WORKERS = [0, pytest.param(2, marks=pytest.mark.slow)]  # to start processes takes longer than to decode
 
 
 def photos(folder: Path, sizes=((12, 10),)) -> Path:
@@ -49,7 +50,7 @@ def parts_of(data: Data) -> dict[str, Split]:
     return {name: getattr(data, name) for name in ("train", "val", "test")}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize(
     ("sizes", "settings"),
     [
@@ -76,7 +77,7 @@ def test_streamed_splits_hold_what_stored_ones_hold(tmp_path, load, sizes, setti
             assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("views", [FLIPPED, EVERY])
 def test_streamed_batches_are_stored_ones_wherever_a_loop_starts(tmp_path, load, views, workers):  # noqa: F811
     folder = photos(tmp_path / "pictures")
@@ -224,8 +225,14 @@ def test_named_sets_are_stored_whatever_is_asked():
     assert isinstance(load_data(DataConfig(store="stream")).train.store.images, np.memmap)
 
 
-@pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("sizes", [((12, 10),), ((12, 10), (9, 15))])
+@pytest.mark.parametrize(
+    ("sizes", "skip"),
+    [
+        (((12, 10), (9, 15)), True),
+        *(pytest.param(*case, marks=pytest.mark.slow)
+          for case in ((((12, 10), (9, 15)), False), (((12, 10),), True), (((12, 10),), False))),
+    ],
+)  # fmt: skip
 def test_all_cores_build_what_one_builds(tmp_path, load, monkeypatch, sizes, skip):  # noqa: F811
     folder = photos(tmp_path / "pictures", sizes)
     if skip:

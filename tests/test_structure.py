@@ -74,13 +74,14 @@ def test_scripts_are_short(script):
     assert len((ROOT / script).read_text().splitlines()) < 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "extra"),
     [
         ("distill", ["--help"]),
-        pytest.param("train_teacher", ["--help"], marks=pytest.mark.slow),
-        pytest.param("evaluate", ["--help"], marks=pytest.mark.slow),
-        pytest.param("distill", ["--teacher", "x", "--print_config"], marks=pytest.mark.slow),
+        ("train_teacher", ["--help"]),
+        ("evaluate", ["--help"]),
+        ("distill", ["--teacher", "x", "--print_config"]),
     ],
 )
 def test_help_imports_nothing_heavy(script, extra):

@@ -153,6 +153,7 @@ def test_a_grid_is_run_whole_and_the_best_on_validation_wins(call, make, tmp_pat
     assert_one_line(call(MODULE, make([0.1, 0.2])), "other parameters", "delete the folder")
 
 
+@pytest.mark.slow
 def test_a_trial_that_lags_behind_is_stopped_and_told_why(call, make, tmp_path):
     early = {"type": "hyperband", "min_iter": 2, "eta": 2}
     result = call(MODULE, make([0.001, 0.1, 0.01], early_terminate=early))
@@ -163,6 +164,7 @@ def test_a_trial_that_lags_behind_is_stopped_and_told_why(call, make, tmp_path):
     assert not (tmp_path / "trials/trial_0001/summary.json").exists()
 
 
+@pytest.mark.slow
 def test_one_that_diverges_is_the_worst_and_three_that_fail_in_a_row_end_the_sweep(call, make, tmp_path):
     result = call(MODULE, make([0.5, 0.25, 0.001]))
     assert result.status == 0
@@ -184,6 +186,7 @@ def test_without_validation_images_nothing_is_selected(call, make, tmp_path, mon
     assert states(tmp_path) == ["FAIL"]
 
 
+@pytest.mark.slow
 def test_what_is_drawn_does_not_depend_on_how_often_the_sweep_was_stopped(call, make, tmp_path):
     rate = {"distribution": "log_uniform_values", "min": 0.0001, "max": 0.1}
     file = make(method="random", parameters={"optimizer.lr": rate})
