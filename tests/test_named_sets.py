@@ -31,19 +31,25 @@ def load(source, folder, **settings):
     return load_data(DataConfig(source=source, download_dir=str(folder), val_fraction=0.0, **settings))
 
 
-def test_mnist(tmp_path):
-    raw = tmp_path / "MNIST" / "raw"
+def write_mnist(raw: Path, count: int) -> list[Path]:
+    """Write MNIST's four files into a new folder, with the images `pixels(count, 28, 28)` in both splits."""
     raw.mkdir(parents=True)
-    images, labels = pixels(30, 28, 28), np.arange(30, dtype=np.uint8) % 10
+    images, labels, files = pixels(count, 28, 28), np.arange(count, dtype=np.uint8) % 10, []
     for split in ("train", "t10k"):
-        header = struct.pack(">IIII", 2051, 30, 28, 28)
-        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, 30) + labels.tobytes())
+        files += [raw / f"{split}-images-idx3-ubyte", raw / f"{split}-labels-idx1-ubyte"]
+        files[-2].write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes())
+        files[-1].write_bytes(struct.pack(">II", 2049, count) + labels.tobytes())
+    return files
+
+
+def test_mnist(tmp_path):
+    write_mnist(tmp_path / "MNIST" / "raw", 30)
+    images = pixels(30, 28, 28)
     data = load("mnist", tmp_path)
     assert data.classes == [str(digit) for digit in range(10)]
     assert data.image_shape == (1, 28, 28)
     assert np.array_equal(data.train.store.images[:, 0], images)
-    assert np.array_equal(data.test.labels, labels)
+    assert np.array_equal(data.test.labels, np.arange(30) % 10)
 
 
 @pytest.mark.parametrize("source", ["cifar10", "cifar100"])

@@ -144,8 +144,15 @@ def _downloaded(source: str, root: Path) -> str | None:
     if not root.is_dir():
         return None
     with FileLock(root / f"{source}.lock"):  # not of half a download
+        if _unfinished(source, root).exists():
+            return None
         states = [(file.name, file.stat()) for file in sorted(root.glob(NAMED[source]))]
     return _digest([f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in states]) if states else None
+
+
+def _unfinished(source: str, root: Path) -> Path:
+    """The file that is there while a named set is downloaded and unpacked, and after whoever did that was killed."""
+    return root / f".{source}.unfinished"
 
 
 def _open_digits():
@@ -175,8 +182,11 @@ def _open_torchvision(source: str, root: Path, download: bool):
     }
     builder, subfolder, file, url = where[source]
     root.mkdir(parents=True, exist_ok=True)
-    parts = {}
+    parts, unfinished = {}, _unfinished(source, root)
     with FileLock(root / f"{source}.lock"):  # one process downloads, the others wait and find it there
+        if unfinished.exists():  # torchvision checks the archives that it finds, but not what is out of MNIST's
+            for file in root.glob(NAMED[source]):
+                file.unlink()
         for split in ("train", "test"):
             argument = {"split": split} if source == "stl10" else {"train": split == "train"}
             try:
@@ -186,12 +196,14 @@ def _open_torchvision(source: str, root: Path, download: bool):
                     if not download:
                         raise UserError(f"{source} is not in {root}") from None
                     say(f"downloading {source} to {root}")
+                    unfinished.touch()
                     parts[split] = builder(root, **argument, download=True)
             except (OSError, RuntimeError) as error:
                 raise UserError(
                     f"cannot download {source} ({' '.join(str(error).split())[:120]}); get {file} from {url}, put it "
                     f"in {root / subfolder} and run the same command, or set data.download_dir to a folder that has it"
                 ) from None
+        unfinished.unlink(missing_ok=True)
     splits = {}
     for split, part in parts.items():
         images = np.asarray(part.data)

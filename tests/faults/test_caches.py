@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import http.server
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import SMALL
 from job import Disk, before
+from test_named_sets import md5, pixels, write_mnist
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +94,82 @@ def test_when_the_builder_of_a_table_dies_another_job_takes_over(teacher_run, tm
     assert children.run("distill", (*command, *alone)) == 0
     for path in (tmp_path / "other/tables" / table).glob("*.npy"):
         assert np.array_equal(np.load(path), np.load(tmp_path / "cache/tables" / table / path.name))
+
+
+class FetcherDies:
+    """In every process: MNIST comes from a server of the test's, and whoever fetches first is killed with half a file.
+
+    Args:
+        url: of the folder that holds the archives.
+        md5: of each archive.
+        moment: `download`, the first archive is half there; `unpack`, what is out of the last one is.
+    """
+
+    def __init__(self, url: str, md5: dict[str, str], moment: str, died: Path):
+        self.url, self.md5, self.moment, self.died = url, md5, moment, died
+
+    def __call__(self) -> None:
+        from torchvision.datasets import MNIST, utils
+
+        MNIST.mirrors, MNIST.resources = [self.url], list(self.md5.items())
+        name = {"download": "_urlretrieve", "unpack": "extract_archive"}[self.moment]
+        first = getattr(utils, name)
+
+        def halved(source, target, *more):
+            first(source, target, *more)
+            if self.moment == "unpack" and Path(source).name != list(self.md5)[-1]:
+                return
+            try:
+                os.close(os.open(self.died, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return
+            written = Path(target) if self.moment == "download" else Path(target) / Path(source).stem
+            os.truncate(written, written.stat().st_size // 2)
+            time.sleep(0.5)  # so that the others come
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        setattr(utils, name, halved)
+
+
+@pytest.mark.parametrize("moment", ["download", "unpack"])
+def test_when_the_fetcher_of_a_data_set_dies_another_job_takes_over(tmp_path, moment):
+    served, fetched = tmp_path / "served", []
+    files = write_mnist(served, 120)
+    for file in files:
+        (served / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=served)
+
+        def log_message(self, *_):
+            fetched.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        md5s = {f"{file.name}.gz": md5(served / f"{file.name}.gz") for file in files}
+        sabotage = FetcherDies(f"http://127.0.0.1:{server.server_address[1]}/", md5s, moment, tmp_path / "died")
+        data = ("--data.source", "mnist", "--data.num_train", "null", "--data.download_dir", tmp_path / "sets")
+        command = (*SMALL, *data, "--report_to", "none", "--data.cache_dir", tmp_path / "cache")
+        jobs = [
+            children.start("train_teacher", (*command, "--output_dir", tmp_path / str(i)), None, sabotage)
+            for i in range(2)
+        ]
+        several = children.start_several("train_teacher", (*command, "--output_dir", tmp_path / "both"), 2, sabotage)
+        statuses = children.finish(*jobs, *several)
+        server.shutdown()
+    assert statuses.count(-9) == 1
+    assert statuses[:2] == [0, 0] or (sorted(statuses[:2]) == [-9, 0] and statuses[2:] == [0, 0])
+    for file in files:
+        assert (tmp_path / "sets/MNIST/raw" / file.name).read_bytes() == file.read_bytes()
+    assert not list((tmp_path / "sets").glob(".*.unfinished"))
+    # an archive that was whole is not fetched once more
+    first, *others = (fetched.count(f"/{file.name}.gz") for file in files)
+    assert first == others[0] * (2 if moment == "download" else 1)
+    assert len(set(others)) == 1
+    (store,) = builds(tmp_path / "cache", "store")
+    stored = np.load(tmp_path / "cache/store" / store / "train-images.npy")
+    assert np.array_equal(stored[:, 0], pixels(120, 28, 28))
 
 
 @pytest.fixture
