@@ -26,7 +26,7 @@ def truth(run: Path) -> dict[tuple[int, str], float]:
 
 
 def wandb_records(run: Path) -> list:
-    """All records of an offline run's files, in order of their start; the client has no reader of its own for Python.
+    """All records of the client's own files, in order of their start; the client has no reader of its own for Python.
 
     The file is a header of 7 bytes and then a log as LevelDB's: blocks of 32 kB; chunks of a checksum (4 bytes), a
     length (2), a kind (1: 1 whole, 2 first, 3 middle, 4 last) and so many bytes of a Record.
@@ -34,7 +34,7 @@ def wandb_records(run: Path) -> list:
     from wandb.proto.wandb_internal_pb2 import Record
 
     records = []
-    for file in sorted(run.glob("wandb/offline-run-*/run-*.wandb")):
+    for file in sorted(run.glob("wandb/*run-*/run-*.wandb")):
         content, place, whole = file.read_bytes(), 7, b""
         assert content[:4] == b":W&B"
         while place + 7 <= len(content):

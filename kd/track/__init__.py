@@ -123,11 +123,13 @@ class Tracker:
             return
         self._file.close()
         self._file = None
-        if self._run is not None:
+        if (run := self._run) is not None:
+            if summary is not None:
+                with self._expendable():
+                    run.conclude(summary, outcome, self._step)
+            self._run = run  # it is closed in any case, so that what it has been told is kept
             with self._expendable():
-                if summary is not None:
-                    self._run.conclude(summary, outcome, self._step)
-                self._run.finish(self._accelerator, signal)
+                run.finish(self._accelerator, signal)
 
 
 def _identity(note: Path, name: str) -> tuple[str, bool]:

@@ -19,6 +19,9 @@ from kd.track.outcome import Outcome
 
 # The summary holds the best of these, and it is known which way is better; the others' last values.
 BEST = {"val/accuracy": "max", "val/nll": "min", "train/loss": "min", "epoch/loss": "min"}
+# Seconds in which what is left is sent when a run ends; else one whose server is gone would never end. Less than the
+# two minutes between a job's signal and its end. WANDB_FINISH_TIMEOUT, W&B's own, says otherwise.
+FINISH_SECONDS = 90
 MAX_CHART = 100  # classes of a confusion matrix that is a chart; of more it is a picture
 
 
@@ -49,7 +52,11 @@ class WandbRun(TrackerRun):
             "tags": job.tags,
             "notes": job.notes,
             "config": job.config,
-            "settings": {"silent": True},
+            "settings": {
+                "silent": True,
+                "finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)),
+                "finish_timeout_raises": True,
+            },
         }
         mode = os.environ.get("WANDB_MODE", "online" if has_key() else "offline")
         for attempt in dict.fromkeys((mode, "offline")):
@@ -104,10 +111,9 @@ class WandbRun(TrackerRun):
 
     def conclude(self, summary: dict, outcome: Outcome | None, step: int) -> None:
         """The results, and with an outcome the pictures and the network."""
-        if outcome is not None:
-            self._show(outcome, step)
         self._run.summary.update(summary)
         if outcome is not None:
+            self._show(outcome, step)
             shown = {key: summary[key] for key in ("test_accuracy", "val_accuracy", "num_params", "multiply_adds")}
             self._run.log_artifact(network_artifact(self.job.folder, shown))
 
@@ -118,7 +124,11 @@ class WandbRun(TrackerRun):
         """
         if signal in (SIGTERM, SIGUSR1) and "WANDB_SWEEP_ID" in os.environ:
             self._run.mark_preempting()
-        self._run.finish(exit_code=128 + signal if signal else 0)
+        try:
+            self._run.finish(exit_code=128 + signal if signal else 0)
+        except TimeoutError:
+            folder = Path(self._run.dir).parent
+            say(f"W&B's server did not take all of this run; send it later with: wandb sync {folder}")
 
     def _show(self, outcome: Outcome, step: int) -> None:
         import wandb

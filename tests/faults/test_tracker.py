@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
+import http.server
 import json
 import os
 import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import children
 import pytest
-from conftest import SMALL
+from conftest import ROOT, SMALL
+from job import before
+from records import truth, wandb_records, wandb_scalars
+
+from kd.errors import run_script  # noqa: F401 (for a process of its own)
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +38,77 @@ class Online:
 
     def __call__(self) -> None:
         os.environ.update(WANDB_API_KEY="0" * 40, WANDB_BASE_URL=self.url, WANDB_INIT_TIMEOUT=str(self.patience))
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """As much of W&B's as a client asks when its run begins; gone for good when it was sent the first loss.
+
+    `asked` has the names of what was asked of it.
+    """
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.asked: list[str] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def vanish(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class _Answers(http.server.BaseHTTPRequestHandler):
+    """Answers each request over a connection of its own, and says nothing."""
+
+    server: Server
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
+        name, asked = self.path.rpartition("/")[2], {}
+        if name == "graphql":
+            query = json.loads(body)
+            name, asked = query["operationName"], query.get("variables", {})
+        self.server.asked.append(name)
+        project = {"id": "p", "name": "kd", "entity": {"id": "e", "name": "me"}}
+        answers = {
+            "Viewer": {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}},
+            "RunResumeStatus": {"model": {**project, "bucket": None}},
+            "UpsertBucket": {"upsertBucket": {"bucket": {"id": "b", "name": asked.get("name"), "project": project}}},
+            "CreateRunFiles": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []}},
+        }
+        content = json.dumps({"data": answers.get(name, {})}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+        if name == "file_stream" and b"train/loss" in body:
+            self.server.vanish()
+
+    def log_message(self, *_):
+        pass
+
+
+class Vanishes(Online):
+    """In the process: it is online, and after its third row it goes on when the server is gone."""
+
+    def __call__(self) -> None:
+        super().__call__()
+        os.environ["WANDB_FINISH_TIMEOUT"] = "5"
+        before("kd.track", "Tracker.log", self.wait)
+        self.rows = 0
+
+    def wait(self, *_) -> None:
+        self.rows += 1
+        end = time.monotonic() + 120
+        while self.rows == 4:
+            try:
+                socket.create_connection(("127.0.0.1", int(self.url.rpartition(":")[2]))).close()
+            except ConnectionRefusedError:
+                return
+            assert time.monotonic() < end
+            time.sleep(0.05)
 
 
 class ServiceDies:
@@ -108,6 +189,33 @@ def test_the_server_is_gone_when_a_run_begins(tmp_path, server):
         said, _ = train(tmp_path, "wandb", Online(f"http://127.0.0.1:{listening.getsockname()[1]}"))
     assert "this run is logged offline" in said
     assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_the_server_vanishes_while_a_run_is_online(tmp_path):
+    """In a Python of its own, whose exit W&B's client holds up too."""
+    server, run = Server(), tmp_path / "run"
+    code = f"import test_tracker, train_teacher; test_tracker.Vanishes({server.url!r}, 90)()\n"
+    code += "test_tracker.run_script(train_teacher.main)"
+    command = [sys.executable, "-c", code, *map(str, SMALL), "--report_to", "wandb", "--output_dir", str(run)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/faults")])
+    with (tmp_path / "said").open("w") as output:
+        status = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, stdout=output, stderr=output, timeout=300
+        ).returncode
+    said = (tmp_path / "said").read_text()
+    assert status == 0, said
+    assert "Traceback" not in said
+    assert {"UpsertBucket", "file_stream"} <= set(server.asked)
+    assert "offline" not in said
+    assert (run / "summary.json").is_file()
+    (line,) = [line for line in said.splitlines() if line.startswith("W&B's server did not take")]
+    (folder,) = (run / "wandb").glob("run-*")
+    assert line.endswith(f"wandb sync {folder}")
+    records = wandb_records(run)
+    written = wandb_scalars(records)
+    assert {key: value for key, value in written.items() if not key[1].startswith("test/")} == truth(run)
+    summed = {item.key: item.value_json for record in records for item in record.summary.update if item.key}
+    assert json.loads(summed["test_accuracy"]) == json.loads((run / "summary.json").read_text())["test_accuracy"]
 
 
 def test_the_service_of_the_tracker_is_killed_while_it_trains(tmp_path):
