@@ -220,7 +220,8 @@ def test_cka_of_tapped_layers_is_that_of_the_features(call, runs, teacher_run):
     assert "features.3" in call("evaluate", runs[2], "--latency", "false").out
 
 
-@pytest.mark.parametrize(("name", "severity"), [("jpeg", 1), pytest.param("gaussian_noise", 3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "severity"), [("gaussian_noise", 3), ("jpeg", 1)])
 def test_one_corruption_is_a_view_of_all_numbers(call, runs, teacher_run, name, severity):
     arguments = ("--corruption", name, "--severity", severity, "--latency", "false")
     result = call("evaluate", teacher_run, runs[2], *arguments, "--format", "json")

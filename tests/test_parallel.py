@@ -52,7 +52,7 @@ def test_several_processes_give_the_losses_of_one(alone, tmp_path, count):
     assert several["test_nll"] == pytest.approx(one["test_nll"], rel=1e-4)
 
 
-@pytest.mark.parametrize("accumulate", [2, 5])
+@pytest.mark.parametrize("accumulate", [5, pytest.param(2, marks=pytest.mark.slow)])
 def test_accumulation_gives_the_same_losses(alone, tmp_path, call, accumulate):
     command = (*ARGUMENTS, "--output_dir", tmp_path / "run", "--accumulate", accumulate)
     assert call("train_teacher", *command).status == 0

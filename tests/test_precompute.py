@@ -43,7 +43,7 @@ def assert_close(one: Path, other: Path, tolerance: float) -> None:
                 assert same[key] == pytest.approx(value, rel=tolerance), (row["step"], key)
 
 
-@pytest.mark.parametrize("losses", ["[KL, CrossEntropy]", TAPS])
+@pytest.mark.parametrize("losses", [TAPS, pytest.param("[KL, CrossEntropy]", marks=pytest.mark.slow)])
 def test_a_teachers_table_gives_the_run_of_the_teacher(distil, tmp_path, losses):
     sgd = ("--optimizer.name", "sgd", "--losses", losses, "--seed", 5)
     live, made = distil("live", *sgd, "--precompute", "never")

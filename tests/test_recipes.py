@@ -41,6 +41,7 @@ def test_without_dropout_the_first_weights_are_the_same():
     assert first_weights("cifar10/teacher")[0] != first_weights("cifar10/student")[0]
 
 
+@pytest.mark.slow
 def test_one_command_runs_the_tutorial_for_each_seed(tmp_path):
     """The commands that make gives the shell, with a stand-in for each program that writes its arguments down."""
     commands = tmp_path / "commands"

@@ -109,6 +109,7 @@ def test_accuracy_against_cost_marks_the_front(runs, teacher_run):
     assert axes.get_xlabel() == "parameters (log scale)"
 
 
+@pytest.mark.slow
 def test_plots_take_saved_results(call, runs, tmp_path):
     result = call("evaluate", runs[0], runs[2], "--latency", "false", "--json", tmp_path / "r.json")
     assert result.status == 0, result.err

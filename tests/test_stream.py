@@ -225,14 +225,9 @@ def test_named_sets_are_stored_whatever_is_asked():
     assert isinstance(load_data(DataConfig(store="stream")).train.store.images, np.memmap)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "skip"),
-    [
-        (((12, 10), (9, 15)), True),
-        *(pytest.param(*case, marks=pytest.mark.slow)
-          for case in ((((12, 10), (9, 15)), False), (((12, 10),), True), (((12, 10),), False))),
-    ],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("sizes", [((12, 10),), ((12, 10), (9, 15))])
 def test_all_cores_build_what_one_builds(tmp_path, load, monkeypatch, sizes, skip):  # noqa: F811
     folder = photos(tmp_path / "pictures", sizes)
     if skip:
