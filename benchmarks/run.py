@@ -36,7 +36,7 @@ PARTS = {
     "kernels": ("kernels.py", "", "--steps 10"),
     "peers": (
         "peers.py",
-        "--rounds 2 --images 1024 --large_images 128",
+        "--rounds 2 --images 2048 --large_images 128",
         "--jobs cifar --rounds 1 --images 256 --epochs 1",
     ),
     "growth": (
