@@ -59,7 +59,8 @@ def save_checkpoint(folder: Path, progress: Progress, tensors: dict[str, dict[st
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{progress.step:08d}"
     aside = folder / f".tmp-{final.name}"
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in folder.glob(".tmp-*"):  # by a kill, of this step or another
+        shutil.rmtree(left, ignore_errors=True)
     aside.mkdir()
     try:
         digests = {}

@@ -13,7 +13,7 @@ import children
 import pytest
 from conftest import ROOT, UNEVEN
 
-from kd.checkpoint import checkpoints, load_newest
+from kd.checkpoint import Progress, checkpoints, load_newest, save_checkpoint
 
 # 200 digits in batches of 48: 5 steps an epoch, the last one uneven; dropout, flips and crops are all drawn.
 ARGUMENTS = (
@@ -86,6 +86,13 @@ def test_killed_and_resumed(uninterrupted, tmp_path, moments):
         assert not (tmp_path / "run" / "summary.json").exists()
     assert children.run("train_teacher", command) == 0
     assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_what_a_kill_left_half_written_is_deleted_though_its_step_is_not_saved_again(tmp_path):
+    (tmp_path / ".tmp-step_00000005").mkdir()
+    (tmp_path / ".tmp-step_00000005" / "distiller.safetensors").write_bytes(b"half")
+    saved = save_checkpoint(tmp_path, Progress(step=6), {})
+    assert list(tmp_path.iterdir()) == [saved]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", *slow("SIGINT", "SIGUSR1")])
