@@ -59,7 +59,7 @@ test: $(VENV)/.installed
 test-slurm: $(VENV)/.installed
 	$(BIN)/python -m pytest -rs tests/slurm
 
-# KILLS on one process and as many on two, half of them inside a checkpoint; then a table, and status 1 if a run was lost.
+# KILLS on one process and as many on two and on four, half of them inside a checkpoint; then a table, and status 1 if a run was lost.
 KILLS ?= 100
 soak: $(VENV)/.installed
 	PYTHONPATH=tests/faults $(BIN)/python -m pytest -p soak -o tmp_path_retention_policy=failed \

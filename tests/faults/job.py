@@ -35,14 +35,14 @@ class Job:
         folder: the run is in `folder/run`, what it prints in `folder/output`.
         count: number of processes.
         draw: whatever a fault leaves to chance is drawn from it.
-        round: how often this fault was injected before.
+        kind: which of the kinds of a fault is injected.
         whole: gives the run of as many processes that was never interrupted.
     """
 
     def __init__(
-        self, folder: Path, count: int, draw: random.Random, round: int, whole: Callable[[int], tuple[Path, float]]
+        self, folder: Path, count: int, draw: random.Random, kind: str, whole: Callable[[int], tuple[Path, float]]
     ):
-        self.folder, self.count, self.draw, self.round = folder, count, draw, round
+        self.folder, self.count, self.draw, self.kind = folder, count, draw, kind
         self.run_folder, self.output = folder / "run", folder / "output"
         self.uninterrupted, self.seconds = whole(count)
 
@@ -151,7 +151,7 @@ class NotANumber:
     """In every process: on one of them the loss of the n-th step is not a number."""
 
     def __init__(self, rank: int, step: int):
-        self.rank, self.step, self.calls = rank, step, 0
+        self.rank, self.step, self.done = rank, step, 0
 
     def __call__(self) -> None:
         from kd.losses import CrossEntropy
@@ -159,11 +159,14 @@ class NotANumber:
         first = CrossEntropy.forward
 
         def forward(loss, *inputs):
-            self.calls += 1
-            bad = self.calls == self.step and os.environ.get("RANK", "0") == str(self.rank)
+            bad = self.done == self.step - 1 and os.environ.get("RANK", "0") == str(self.rank)
             return first(loss, *inputs) * (float("nan") if bad else 1)
 
         CrossEntropy.forward = forward
+        before("kd.meter", "Meter.add", self.count)
+
+    def count(self, *_step) -> None:
+        self.done += 1
 
 
 class JumpingClock:

@@ -1,6 +1,6 @@
 """The faults: each function injects one into a `Job` and asserts that nothing is lost.
 
-`FAULTS` says on how many processes each is injected.
+`FAULTS` says on how many processes each is injected, and what kinds of it there are.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import children
 import pytest
@@ -31,14 +33,11 @@ from job import (
 
 from kd.checkpoint import checkpoints
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
 # Signals
 
 
 def signal_to_one(job: Job) -> None:
-    number, step = SIGNALS[job.round % 3], job.draw.randint(1, STEPS - 1)
+    number, step = signal.Signals[job.kind], job.draw.randint(1, STEPS - 1)
     statuses = job.run(sabotage=(f"kd.meter.Meter.add:{number.name}", step))
     assert statuses == [128 + number] * job.count, job.said
     assert job.saved_step() == step
@@ -48,7 +47,7 @@ def signal_to_one(job: Job) -> None:
 
 
 def signal_to_all(job: Job) -> None:
-    number = SIGNALS[job.round % 3]
+    number = signal.Signals[job.kind]
     processes = job.start(sabotage=Slowly())
     job.wait_for("network: ", lambda: all(process.is_alive() for process in processes))
     time.sleep(job.draw.uniform(0, 1.5))
@@ -79,7 +78,7 @@ def launched(job: Job):
 def signal_to_launcher(job: Job) -> None:
     """Of SIGUSR1 and SIGKILL a launcher dies; its processes are then sent SIGTERM by the system."""
     with launched(job) as launcher:
-        launcher.send_signal((signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGKILL)[job.round % 4])
+        launcher.send_signal(signal.Signals[job.kind])
         assert launcher.wait(STATED) != 0
     job.wait_until_free()
     assert "stopped by" in job.said, job.said
@@ -170,11 +169,10 @@ def damaged_checkpoint(job: Job) -> None:
     newest, before = checkpoints(job.checkpoints)
     file = job.draw.choice(sorted(newest.iterdir()))
     content = bytearray(file.read_bytes())
-    kind = ("flipped", "truncated", "missing")[job.round % 3]
-    if kind == "flipped":
+    if job.kind == "flipped":
         content[job.draw.randrange(len(content))] ^= 1 << job.draw.randrange(8)
         file.write_bytes(content)
-    elif kind == "truncated":
+    elif job.kind == "truncated":
         file.write_bytes(content[: job.draw.randrange(len(content))])
     else:
         file.unlink()
@@ -292,9 +290,9 @@ def jumping_clock(job: Job) -> None:
 
 
 def two_runs_on_one_folder(job: Job) -> None:
-    """One after the other, and at once in every second round: one trains and the other is refused."""
+    """One trains and the other is refused."""
     first = job.start(sabotage=Slowly())
-    if job.round % 2 == 0:
+    if job.kind == "one later":
         job.wait_for("network: ", lambda: all(process.is_alive() for process in first))
     other = Job.__new__(Job)
     other.__dict__.update(job.__dict__, output=job.folder / "other")
@@ -309,22 +307,36 @@ def two_runs_on_one_folder(job: Job) -> None:
     job.goes_on("finished already")
 
 
-# Each with the numbers of processes that it is injected on, the first of them in a short sample too.
+class Fault(NamedTuple):
+    """A fault.
+
+    inject: the function above.
+    counts: the numbers of processes that it is injected on; the first of them in a short sample too.
+    kinds: what `Job.kind` can be; each is in a short sample.
+    """
+
+    inject: Callable[[Job], None]
+    counts: tuple[int, ...]
+    kinds: tuple[str, ...] = ("",)
+
+
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+
 FAULTS = {
-    "signal to one process": (signal_to_one, (2, 1)),
-    "signal to all processes": (signal_to_all, (2,)),
-    "signal to the launcher": (signal_to_launcher, (2,)),
-    "killed at a random moment": (killed_at_a_random_moment, (1, 2)),
-    "killed inside a checkpoint": (killed_inside_a_checkpoint, (2, 1)),
-    "one process killed": (one_process_killed, (2,)),
-    "one process of a launcher killed": (one_process_of_a_launcher_killed, (2,)),
-    "one process hangs": (one_process_hangs, (2,)),
-    "newest checkpoint damaged": (damaged_checkpoint, (1, 2)),
-    "disk full in a checkpoint": (disk_full_in_a_checkpoint, (2, 1)),
-    "disk full in a log line": (disk_full_in_a_log_line, (1, 2)),
-    "output is read-only": (read_only_output, (1, 2)),
-    "output becomes read-only": (output_becomes_read_only, (1, 2)),
-    "loss not a number on one process": (not_a_number_on_one, (2, 1)),
-    "clock jumps": (jumping_clock, (1, 2)),
-    "two runs on one folder": (two_runs_on_one_folder, (1, 2)),
+    "signal to one process": Fault(signal_to_one, (2, 1, 4), SIGNALS),
+    "signal to all processes": Fault(signal_to_all, (2, 1, 4), SIGNALS),
+    "signal to the launcher": Fault(signal_to_launcher, (2,), (*SIGNALS, "SIGKILL")),
+    "killed at a random moment": Fault(killed_at_a_random_moment, (1, 2, 4)),
+    "killed inside a checkpoint": Fault(killed_inside_a_checkpoint, (2, 1, 4)),
+    "one process killed": Fault(one_process_killed, (2, 4)),
+    "one process of a launcher killed": Fault(one_process_of_a_launcher_killed, (2,)),
+    "one process hangs": Fault(one_process_hangs, (2,)),
+    "newest checkpoint damaged": Fault(damaged_checkpoint, (1, 2), ("flipped", "truncated", "missing")),
+    "disk full in a checkpoint": Fault(disk_full_in_a_checkpoint, (2, 1)),
+    "disk full in a log line": Fault(disk_full_in_a_log_line, (1, 2)),
+    "output is read-only": Fault(read_only_output, (1, 2)),
+    "output becomes read-only": Fault(output_becomes_read_only, (1, 2)),
+    "loss not a number on one process": Fault(not_a_number_on_one, (2, 1)),
+    "clock jumps": Fault(jumping_clock, (1, 2)),
+    "two runs on one folder": Fault(two_runs_on_one_folder, (1, 2), ("one later", "at once")),
 }

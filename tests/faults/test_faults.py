@@ -1,6 +1,6 @@
 """Whatever is injected into a run, it ends with the bytes of one that nothing happened to.
 
-Each fault once; `make soak` injects them again and again, at other moments, and on other numbers of processes.
+Each kind of each fault once; `make soak` injects them again and again, at other moments, on other numbers of processes.
 """
 
 from __future__ import annotations
@@ -42,14 +42,18 @@ def pytest_generate_tests(metafunc):
         return
     soak = metafunc.config.getoption("soak", default=None)
     cases = []
-    for name, (_, counts) in FAULTS.items():
-        rounds = 1 if soak is None else soak // 2 if name.startswith("killed") else max(4, soak // 20)
-        cases += [(name, count, i) for i in range(rounds) for count in (counts[:1] if soak is None else counts)]
+    for name, (_, counts, kinds) in FAULTS.items():
+        if soak is None:
+            cases += [(name, counts[0], round) for round in range(len(kinds))]
+        else:
+            rounds = soak // 2 if name.startswith("killed") else max(4, soak // 20)
+            cases += [(name, count, round) for round in range(rounds) for count in counts]
     cases.sort(key=lambda case: case[2])  # a soak that is stopped has had some of each
     metafunc.parametrize(("fault", "count", "round"), cases)
 
 
 def test_nothing_is_lost(whole, tmp_path, record_property, fault, count, round):
     record_property("fault", (fault, count))
-    job = Job(tmp_path, count, random.Random(f"{fault}, {count} processes, round {round}"), round, whole)
-    FAULTS[fault][0](job)
+    inject, _, kinds = FAULTS[fault]
+    draw = random.Random(f"{fault}, {count} processes, round {round}")
+    inject(Job(tmp_path, count, draw, kinds[round % len(kinds)], whole))
