@@ -20,7 +20,7 @@ from kd.errors import UserError, say
 from kd.meter import Meter, not_finite
 from kd.optim import learning_rate
 from kd.outputs import Batch
-from kd.parallel import StopSignal, all_finite, copy_whole, share_buffers
+from kd.parallel import StopSignal, all_finite, answering_roll_calls, copy_whole, share_buffers
 from kd.precompute import TableTeacher, ViewTableTeacher
 from kd.predict import predict
 from kd.run_folder import Run
@@ -106,7 +106,7 @@ def fit(
         return engine.forward_backward(batch, teacher_outputs, share, last)
 
     distiller.train()
-    with StopSignal(config.peer_timeout) as stop:
+    with StopSignal(config.peer_timeout) as stop, answering_roll_calls():
         while progress.step < total:
             step = progress.step
             for group in engine.param_groups:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -67,41 +67,73 @@ class StopSignal:
         return int(flag)
 
 
+_roll_is_called = threading.Event()
+
+
+@contextmanager
+def answering_roll_calls() -> Iterator[None]:
+    """Let a thread answer for this process, whose exchange may wait for one that has noticed a loss and lives."""
+    left = threading.Event()
+
+    def answer() -> None:
+        store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+        with suppress(RuntimeError):
+            while not left.wait(1):
+                if store.check(["kd/roll"]):
+                    _roll_is_called.set()
+                    store.set(f"kd/alive/{rank}", "")
+                    return
+
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        threading.Thread(target=answer, daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()
+
+
 def lost_contact(error: RuntimeError, patience: float = 5.0) -> str | None:
     """After an exchange with the other processes failed: which of them do not answer a roll call.
 
     Args:
         error: what was raised; anything but a failed exchange is not explained.
-        patience: seconds for the others to notice and to answer.
+        patience: seconds for the others to answer.
 
     Returns:
-        The message for the user; "" if another process has it too and is the one to say it; None if `error` is
-        something else.
+        The message for the user; "" if another process is the one to say it; None if `error` is something else.
     """
-    exchange = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl"))
+    said = str(error).lower()
+    exchange = isinstance(error, dist.DistError) or any(word in said for word in ("gloo", "nccl"))
     if not exchange or not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     rank, everyone = dist.get_rank(), range(dist.get_world_size())
-    missing = [0]  # without a launcher the first process keeps the store, and may not answer
+    # without a launcher the first process keeps the store, and may not answer; the next one says it then
+    missing, speaks = [0], rank == 1 and not _roll_is_called.is_set()
 
     def call_roll() -> None:
-        nonlocal missing
+        nonlocal missing, speaks
         with suppress(RuntimeError):
-            store = dist.distributed_c10d._get_default_store()
-            store.set(f"kd/answer/{rank}", "")
-            end = time.monotonic() + patience
-            while True:
-                found = [other for other in everyone if not store.check([f"kd/answer/{other}"])]
-                if not found or time.monotonic() > end:
-                    break
+            store, end = dist.distributed_c10d._get_default_store(), time.monotonic() + patience
+            speaks = store.add("kd/roll", 1) == 1
+            for key in ("alive", "noticed"):
+                store.set(f"kd/{key}/{rank}", "")
+            while speaks:
+                silent = [other for other in everyone if not store.check([f"kd/noticed/{other}"])]
+                if not silent or time.monotonic() > end:
+                    dead = [other for other in silent if not store.check([f"kd/alive/{other}"])]
+                    # one that is alive and lets the others wait hangs; other errors need not reach all
+                    missing = dead or (silent if "timed out" in said else [])
+                    store.set("kd/named", "")
+                    return
                 time.sleep(0.1)
-            missing = found
+            while not store.check(["kd/named"]):  # the one that keeps the store must not end before
+                time.sleep(0.1)
 
     # a store whose process hangs takes the question and never answers
     caller = threading.Thread(target=call_roll, daemon=True)
     caller.start()
     caller.join(2 * patience)
-    if rank != min(set(everyone) - set(missing)):
+    if not speaks:
         return ""
     if not missing:
         why = f"the processes lost contact ({' '.join(str(error).split())[:200]})"

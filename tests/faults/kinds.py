@@ -328,7 +328,7 @@ FAULTS = {
     "signal to the launcher": Fault(signal_to_launcher, (2,), (*SIGNALS, "SIGKILL")),
     "killed at a random moment": Fault(killed_at_a_random_moment, (1, 2, 4)),
     "killed inside a checkpoint": Fault(killed_inside_a_checkpoint, (2, 1, 4)),
-    "one process killed": Fault(one_process_killed, (2, 4)),
+    "one process killed": Fault(one_process_killed, (4, 2)),
     "one process of a launcher killed": Fault(one_process_of_a_launcher_killed, (2,)),
     "one process hangs": Fault(one_process_hangs, (2,)),
     "newest checkpoint damaged": Fault(damaged_checkpoint, (1, 2), ("flipped", "truncated", "missing")),
