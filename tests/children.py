@@ -84,6 +84,7 @@ def start_several(
 def _run(script, arguments, environment, sabotage, output) -> None:
     os.environ.update(environment)
     multiprocessing.current_process()._config["daemon"] = False  # so that it may start workers
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what is in its background ignore Ctrl-C
     if output is not None:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
