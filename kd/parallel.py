@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -104,7 +105,13 @@ def lost_contact(error: RuntimeError, patience: float = 5.0) -> str | None:
     """
     said = str(error).lower()
     exchange = isinstance(error, dist.DistError) or any(word in said for word in ("gloo", "nccl"))
-    if not exchange or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not exchange:
+        return None
+    detail = " ".join(str(error).split())[:200]
+    if not dist.is_initialized():  # the first process may have ended with a line of its own
+        why = f"no contact with the other processes ({detail}): one has ended, or the launcher's address is wrong"
+        return why if os.environ.get("RANK") in ("0", "1") else ""
+    if dist.get_world_size() == 1:
         return None
     rank, everyone = dist.get_rank(), range(dist.get_world_size())
     # without a launcher the first process keeps the store, and may not answer; the next one says it then
@@ -136,7 +143,7 @@ def lost_contact(error: RuntimeError, patience: float = 5.0) -> str | None:
     if not speaks:
         return ""
     if not missing:
-        why = f"the processes lost contact ({' '.join(str(error).split())[:200]})"
+        why = f"the processes lost contact ({detail})"
     else:
         who = ", ".join(str(other) for other in missing[:8]) + (f" and {len(missing) - 8} more" * (len(missing) > 8))
         why = f"process {who} of {len(everyone)} (counted from 0) does not answer: killed, hung, or its machine is down"

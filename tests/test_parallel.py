@@ -9,8 +9,11 @@ from pathlib import Path
 import children
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import UNEVEN
 from test_resume import assert_same_run, rows
+
+from kd.errors import run_script
 
 # SGD: Adam divides by the size of tiny gradients and so magnifies rounding. 200 digits in batches of 48: the epoch's
 # last batch has 8 images. light_nn has dropout, whose masks do not depend on the number of processes either.
@@ -238,6 +241,23 @@ def test_distillation_and_evaluation_on_two_processes(teacher_run, tmp_path):
     for key in ("nll", "kl", "temperature"):
         assert numbers[0][key] == pytest.approx(numbers[1][key], rel=1e-5)
     assert numbers[0]["cka"][0]["cka"] == pytest.approx(numbers[1]["cka"][0]["cka"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("rank", "says"), [("0", True), ("1", True), ("2", False)])
+def test_a_process_that_meets_no_other_ends_in_one_line(monkeypatch, capsys, rank, says):
+    """The first one was refused, say, and has ended before this one was connected to it."""
+
+    def main():
+        raise dist.DistNetworkError("Connection reset by peer")
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(main)
+    assert exit_info.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == says
+    assert all("no contact with the other processes (Connection reset by peer)" in line for line in lines)
 
 
 @pytest.mark.slow
