@@ -60,7 +60,13 @@ def run_part(name: str, command: list[str], seconds: float, temporary: str | Non
     """Run one part within a time, its temporary files in a given folder; "done", or why it is not whole."""
     print(f"\n== {name}: {' '.join(command[1:])}", flush=True)
     environment = {**os.environ, **({"TMPDIR": temporary} if temporary else {})}
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        start_new_session=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     try:
         status = process.wait(seconds)
     except BaseException as error:  # its children too; also at Ctrl-C

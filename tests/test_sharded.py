@@ -58,8 +58,11 @@ def test_a_sharded_run_has_the_losses_of_one_process_and_resumes_exactly(alone, 
     assert kd.load(tmp_path / "whole").network.state_dict().keys() == kd.load(alone).network.state_dict().keys()
     shutil.copytree(tmp_path / "cut", tmp_path / "other")
     # the checkpoint is whole: it goes on exactly on as many processes, and without the engine to rounding
-    result = launch(engine, *command, "--num_threads", 1)  # not forked: each process reads in an order of its own
-    assert result.returncode == 0, result.stderr
+    if engine == "fsdp2":  # not forked: each process reads in an order of its own
+        result = launch(engine, *command, "--num_threads", 1)
+        assert result.returncode == 0, result.stderr
+    else:
+        assert children.run_several("train_teacher", command, 2, None, ENGINES[engine]) == [0, 0]
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
     assert children.run("train_teacher", (*ARGUMENTS, "--output_dir", tmp_path / "other")) == 0
     close(rows(alone), rows(tmp_path / "other"), 1e-4)

@@ -138,6 +138,7 @@ def test_a_missing_optuna_is_one_line(call, make, monkeypatch):
     assert_one_line(call(MODULE, make()), "kd.sweep needs the package optuna", "pip install optuna")
 
 
+@pytest.mark.slow
 def test_a_grid_is_run_whole_and_the_best_on_validation_wins(call, make, tmp_path):
     result = call(MODULE, make([0.1, 0.001, 0.01]))
     assert result.status == 0, result.err
@@ -178,6 +179,7 @@ def test_one_that_diverges_is_the_worst_and_three_that_fail_in_a_row_end_the_swe
     assert "error: 3 trials failed one after another; the last: trial_0002: error: no such teacher" in result.err
 
 
+@pytest.mark.slow
 def test_without_validation_images_nothing_is_selected(call, make, tmp_path, monkeypatch):
     monkeypatch.setattr("kd.sweep.trial.measured", lambda folder, metric: {})
     result = call(MODULE, make())

@@ -33,7 +33,7 @@ class Online:
         patience: seconds that a start may take; W&B's own are 90.
     """
 
-    def __init__(self, url: str, patience: int = 10):
+    def __init__(self, url: str, patience: int = 4):
         self.url, self.patience = url, patience
 
     def __call__(self) -> None:
@@ -95,8 +95,11 @@ class Vanishes(Online):
 
     def __call__(self) -> None:
         super().__call__()
-        os.environ["WANDB_FINISH_TIMEOUT"] = "5"
+        os.environ["WANDB_FINISH_TIMEOUT"] = "2"
         before("kd.track", "Tracker.log", self.wait)
+        from kd import track
+
+        track.Tracker.wants_outcome = False  # before it takes a picture W&B's client tries for 20 s to log in again
         self.rows = 0
 
     def wait(self, *_) -> None:
