@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from accelerate import Accelerator  # --help needs none of these
 
+    from kd import zero
     from kd.compare import compare, find_baseline
     from kd.evaluation import Evaluator
     from kd.report import write_report
@@ -31,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     find_baseline(runs, config.baseline)
     set_threads()
     keep_freed_memory()
-    accelerator = Accelerator(cpu=on_cpu())
+    with zero.hidden():  # to ask networks needs no engine
+        accelerator = Accelerator(cpu=on_cpu())
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result alone
         evaluator = Evaluator(config, accelerator)
         results = [evaluator.measure(run) for run in runs]

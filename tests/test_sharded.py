@@ -28,13 +28,10 @@ ENGINES = {
 }
 
 
-def _why_no_deepspeed() -> str:
-    if importlib.util.find_spec("deepspeed") is None:
-        return "DeepSpeed is not installed"
-    return "" if shutil.which(os.environ.get("CXX", "c++")) else "on a CPU DeepSpeed needs a C++ compiler"
-
-
-needs_deepspeed = pytest.mark.skipif(bool(_why_no_deepspeed()), reason=_why_no_deepspeed() or "it is there")
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or shutil.which(os.environ.get("CXX", "c++")) is None,
+    reason="DeepSpeed is not installed, or the C++ compiler that it needs on a CPU",
+)
 SHARDED = ["fsdp2", pytest.param("deepspeed_zero2", marks=needs_deepspeed)]
 
 
@@ -84,6 +81,17 @@ def test_deepspeed_goes_on_from_a_run_without_it_and_with_adam_exactly(alone, tm
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
     assert children.run_several("train_teacher", (*adam, "--output_dir", tmp_path / "ddp"), 2) == [0, 0]
     close(rows(tmp_path / "ddp"), rows(tmp_path / "whole"), 1e-2)  # Adam magnifies rounding
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", SHARDED)
+def test_evaluation_under_an_engines_launcher(alone, tmp_path, engine):
+    for name, environment in (("ddp", {}), (engine, ENGINES[engine])):
+        command = (alone, "--latency", "false", "--json", tmp_path / f"{name}.json")
+        assert children.run_several("evaluate", command, 2, None, environment) == [0, 0]
+    ours, theirs = (json.loads((tmp_path / f"{name}.json").read_text())["runs"][0] for name in (engine, "ddp"))
+    assert ours["top1"] == theirs["top1"]
+    assert ours["nll"] == theirs["nll"]
 
 
 class Remembering(Loss):
