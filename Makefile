@@ -1,6 +1,6 @@
 # `make demo` runs the main job on scikit-learn's digits, `make test` the tests; both make the environment first.
 # `make test-slurm` runs the files of slurm/ on a private cluster that it starts on this machine; `make soak` kills runs
-# and does them other harm for an hour or more.
+# and does them other harm for half an hour or more.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
@@ -45,7 +45,7 @@ cifar10: $(VENV)/.installed
 	$(BIN)/python evaluate.py $(foreach seed,$(SEEDS),$(addprefix runs/cifar10/seed_$(seed)/,$(CIFAR10))) \
 		--report runs/cifar10/report
 
-# Speed, in about 25 minutes on two cores; docs/speed.md says more. PEERS: a Python that has torchdistill and timm.
+# Speed, in about 20 minutes on two cores; docs/speed.md says more. PEERS: a Python that has torchdistill and timm.
 PHOTOS ?= stl10
 TEACHER ?= runs/cifar10/teacher
 PEERS ?= $(BIN)/python

@@ -16,11 +16,13 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # kd and the scripts, which are not installed
 RESULTS = ROOT / "benchmarks/results"
 SHARD = 4096  # images a file: datasets before 4.2 holds a whole file in memory
 DISTINCT = 256  # different random images of a made set; the others are copies, which cost a run the same
@@ -86,6 +88,16 @@ def make_teacher(folder: str | Path, model: str, source: str, *arguments) -> str
     given += ["--data.val_fraction", 0, *arguments]
     call("train_teacher", [*given, "--output_dir", f"{folder}/teacher"])
     return f"{folder}/teacher"
+
+
+@contextlib.contextmanager
+def random_job(script: str, student: str, images: int, image_size: int) -> Iterator[tuple[str, str, dict]]:
+    """For a time: a set of random images, the run folder of a teacher like the student, and the environment of children
+    whose cache they have to themselves."""
+    with tempfile.TemporaryDirectory() as folder:
+        own = {"KD_CACHE": f"{folder}/cache"}
+        source = random_images(Path(folder, "set"), images, image_size)
+        yield source, child(script, "teacher", folder, student, source, environment=own)["run"], own
 
 
 def _parquet(folder: Path, classes: list[str], **splits: Iterable[tuple[bytes, int]]) -> str:

@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from common import RESULTS, median, spread  # noqa: E402
+from common import RESULTS, ROOT, median, spread
 
 DOCUMENT, PICTURE = ROOT / "docs/speed.md", ROOT / "docs/speed.png"
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

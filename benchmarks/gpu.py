@@ -22,11 +22,9 @@ import tempfile
 import time
 from pathlib import Path
 
-STARTED = time.perf_counter()
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from common import ROOT, about, call, child, median, record, spread
 
-from common import about, call, child, median, record, spread  # noqa: E402
+STARTED = time.perf_counter()
 
 TUTORIAL = (
     ("teacher", "train_teacher"),

@@ -31,10 +31,7 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from common import about, call, child, make_teacher, median, random_images, record  # noqa: E402
+from common import about, call, child, make_teacher, median, random_images, record
 
 AXES = {
     "images": [1_000, 4_000, 16_000, 64_000],

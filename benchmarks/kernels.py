@@ -18,10 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from common import about, call, child, make_teacher, random_images, record  # noqa: E402
+from common import about, call, child, make_teacher, random_job, record
 
 WARM_UP, TOP = 20, 10
 
@@ -145,10 +142,7 @@ def _distill(source: str, teacher: str, student: str, batch_size: int, steps: in
 def measure(student: str, image_size: int, batch_size: int, steps: int, out: Path | None) -> dict:
     """Profile one student; its entry."""
     machine = about()
-    with tempfile.TemporaryDirectory() as folder:
-        own = {"KD_CACHE": f"{folder}/cache"}
-        source = random_images(Path(folder, "set"), 10 * batch_size, image_size)
-        teacher = child("kernels.py", "teacher", folder, student, source, environment=own)["run"]
+    with random_job("kernels.py", student, 10 * batch_size, image_size) as (source, teacher, own):
         given = (source, teacher, student, batch_size, steps)
         found = child("kernels.py", "profile", *given, environment=own)
         found.update(child("kernels.py", "parts", *given, environment=own))

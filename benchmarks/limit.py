@@ -21,10 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from common import about, call, child, make_teacher, median, random_images, record, spread  # noqa: E402
+from common import about, call, child, make_teacher, median, random_job, record, spread
 
 LOSSES = {
     "kl": [{"class_path": "KL", "init_args": {"weight": 0.9}}, {"class_path": "CrossEntropy"}],
@@ -94,10 +91,7 @@ def measure(
     """Rounds of the limit and the loop in alternation, and the share that the loop reaches."""
     machine, pairs = about(), []
     setting = {"student": student, "image_size": image_size, "batch_size": batch_size, "losses": losses}
-    with tempfile.TemporaryDirectory() as folder:
-        own = {"KD_CACHE": f"{folder}/cache"}
-        source = random_images(Path(folder, "set"), images, image_size)
-        teacher = child("limit.py", "teacher", folder, student, source, environment=own)["run"]
+    with random_job("limit.py", student, images, image_size) as (source, teacher, own):
         steps = max(1, images * (epochs - 1) // batch_size)
         for round_ in range(rounds):
             bare = child("limit.py", "limit", student, image_size, 10, batch_size, steps)

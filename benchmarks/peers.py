@@ -30,10 +30,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from common import (  # noqa: E402
+from common import (
     about,
     child,
     make_teacher,

@@ -25,10 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from common import about, child, median, record, seconds_to_last_step, spread, subset  # noqa: E402
+from common import ROOT, about, child, median, record, seconds_to_last_step, spread, subset
 
 EPOCHS = {"head": 5, "kd": 10}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

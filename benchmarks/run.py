@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """All speed benchmarks in one command: tables, JSON and a picture.
 
-    python benchmarks/run.py --cifar10 cifar10 --stl10 stl10 --teacher runs/cifar10/teacher # 25 minutes
+    python benchmarks/run.py --cifar10 cifar10 --stl10 stl10 --teacher runs/cifar10/teacher # 21 minutes on two cores
     python benchmarks/run.py --quick                        # minutes: a smoke run on random images
     python benchmarks/run.py --parts plain_kd limit
 
@@ -22,11 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-import document  # noqa: E402
-from common import make_teacher, random_images  # noqa: E402
+import document
+from common import ROOT, make_teacher, random_images
 
 # name: script, its arguments at full size, its arguments in a smoke run
 PARTS = {

@@ -15,6 +15,12 @@ import numpy as np
 LARGE_BYTES = 2**28  # a smaller file is left to the kernel: to tell it costs half a microsecond a row
 
 
+def is_large(array) -> bool:
+    """Whether this is an array that is a whole memory-mapped file, and one whose rows are worth announcing."""
+    mapped = isinstance(array, np.ndarray) and type(array.base) is mmap.mmap
+    return mapped and array.nbytes >= LARGE_BYTES and hasattr(mmap, "MADV_WILLNEED")
+
+
 def announce(array: np.ndarray, rows: np.ndarray) -> None:
     """Let the disk read these rows of a large memory-mapped array meanwhile; nothing is waited for.
 
@@ -22,7 +28,7 @@ def announce(array: np.ndarray, rows: np.ndarray) -> None:
         array: (N, ...) in C order; any other than a whole memory-mapped file is let be.
         rows: int64 (n,), 0 or more.
     """
-    if array.nbytes >= LARGE_BYTES and type(array.base) is mmap.mmap and hasattr(mmap, "MADV_WILLNEED"):
+    if is_large(array):
         for start, length in spans(array, rows):
             array.base.madvise(mmap.MADV_WILLNEED, start, length)
 

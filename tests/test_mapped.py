@@ -53,6 +53,7 @@ def test_only_large_whole_maps_are_told_of(images, monkeypatch):
 def test_each_batch_is_told_of_before_the_one_before_it_is_given_and_is_the_same(images, monkeypatch):
     split = Split(Store(images, np.arange(300)), np.arange(1, 300, 2))
     told, wheres = [], [np.array([5, 0]), np.array([149, 3, 3]), np.array([7])]
+    monkeypatch.setattr(mapped, "LARGE_BYTES", images.nbytes)
     monkeypatch.setattr(data, "announce", lambda array, places: told.append(places.tolist()))
     given = split.batches(iter(wheres), torch.device("cpu"))
     for number, where in enumerate(wheres):

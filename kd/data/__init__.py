@@ -22,7 +22,7 @@ from kd.data.stream import Encoded, ahead, in_workers
 from kd.data.views import Views as Views
 from kd.device import free_memory, to_device
 from kd.errors import UserError, say
-from kd.mapped import announce
+from kd.mapped import announce, is_large
 
 
 def default_cache_dir() -> Path:
@@ -89,10 +89,12 @@ class Split:
 
     def _announced(self, wheres: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """The same, each when the disk has been told of the one after it."""
+        if not is_large(self.store.images):
+            yield from wheres
+            return
         last = None
         for where in wheres:
-            if isinstance(self.store.images, np.ndarray):
-                announce(self.store.images, self.places[where])
+            announce(self.store.images, self.places[where])
             if last is not None:
                 yield last
             last = where

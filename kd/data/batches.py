@@ -147,10 +147,8 @@ class TrainBatches:
 
     def _draw(self, first: int, last: int) -> list[list[_Part]]:
         """The micro-batches of some successive steps of an epoch."""
-        where, epoch = (
-            np.concatenate([self.positions(step) for step in range(first, last)]),
-            first // self.steps_per_epoch,
-        )
+        epoch, batch = divmod(first, self.steps_per_epoch)
+        where = self._order(epoch)[batch * self.batch_size : (batch + last - first) * self.batch_size]
         places, others, other_keys = torch.from_numpy(self.split.places[where]), None, None
         keys, numbers = self.views.draw(self.seed, epoch, places)
         if self.views.mixes:

@@ -57,19 +57,22 @@ def builds(cache: Path, kind: str) -> list[str]:
     return sorted(path.name for path in (cache / kind).iterdir() if path.suffix != ".lock")
 
 
+def one_dies_and_another_takes_over(script: str, command: tuple, sabotage, folder: Path) -> None:
+    """Run two jobs and one of two processes at once, whose first builder is killed; the other jobs finish."""
+    jobs = [children.start(script, (*command, "--output_dir", folder / str(i)), None, sabotage) for i in range(2)]
+    several = children.start_several(script, (*command, "--output_dir", folder / "several"), 2, sabotage)
+    statuses = children.finish(*jobs, *several)
+    assert statuses.count(-9) == 1
+    # the jobs that lost no process are finished
+    assert statuses[:2] == [0, 0] or (sorted(statuses[:2]) == [-9, 0] and statuses[2:] == [0, 0])
+
+
 def test_when_the_builder_of_a_store_dies_another_job_takes_over(image_folder, tmp_path):
     data = ("--data.source", image_folder, "--data.num_train", "null", "--data.resize", 28, "--data.crop", 28)
     command = (*SMALL, *data, "--report_to", "none", "--data.cache_dir", tmp_path / "cache")
     sabotage = BuilderDies(tmp_path / "log", *STORE)
-    jobs = [
-        children.start("train_teacher", (*command, "--output_dir", tmp_path / str(i)), None, sabotage) for i in range(2)
-    ]
-    several = children.start_several("train_teacher", (*command, "--output_dir", tmp_path / "several"), 2, sabotage)
-    statuses = children.finish(*jobs, *several)
-    assert statuses.count(-9) == 1
+    one_dies_and_another_takes_over("train_teacher", command, sabotage, tmp_path)
     assert (tmp_path / "log").read_text() == 2 * "built\n"
-    # the jobs that lost no process are finished
-    assert statuses[:2] == [0, 0] or (sorted(statuses[:2]) == [-9, 0] and statuses[2:] == [0, 0])
     (store,) = builds(tmp_path / "cache", "store")
     assert ".tmp" not in store
     alone = ("--data.cache_dir", tmp_path / "other", "--output_dir", tmp_path / "alone")
@@ -82,12 +85,8 @@ def test_when_the_builder_of_a_table_dies_another_job_takes_over(teacher_run, tm
     command = ("--config", "recipes/digits/kd.yaml", "--data.num_train", 200, "--epochs", 2, "--report_to", "none")
     command = (*command, "--teacher", teacher_run, "--data.cache_dir", tmp_path / "cache")
     sabotage = BuilderDies(tmp_path / "log", *TABLE)
-    jobs = [children.start("distill", (*command, "--output_dir", tmp_path / str(i)), None, sabotage) for i in range(2)]
-    several = children.start_several("distill", (*command, "--output_dir", tmp_path / "several"), 2, sabotage)
-    statuses = children.finish(*jobs, *several)
-    assert statuses.count(-9) == 1
+    one_dies_and_another_takes_over("distill", command, sabotage, tmp_path)
     assert (tmp_path / "log").read_text() == 2 * "built\n"
-    assert statuses[:2] == [0, 0] or (sorted(statuses[:2]) == [-9, 0] and statuses[2:] == [0, 0])
     (table,) = builds(tmp_path / "cache", "tables")
     assert ".tmp" not in table
     alone = ("--data.cache_dir", tmp_path / "other", "--output_dir", tmp_path / "alone")
@@ -151,15 +150,8 @@ def test_when_the_fetcher_of_a_data_set_dies_another_job_takes_over(tmp_path, mo
         sabotage = FetcherDies(f"http://127.0.0.1:{server.server_address[1]}/", md5s, moment, tmp_path / "died")
         data = ("--data.source", "mnist", "--data.num_train", "null", "--data.download_dir", tmp_path / "sets")
         command = (*SMALL, *data, "--report_to", "none", "--data.cache_dir", tmp_path / "cache")
-        jobs = [
-            children.start("train_teacher", (*command, "--output_dir", tmp_path / str(i)), None, sabotage)
-            for i in range(2)
-        ]
-        several = children.start_several("train_teacher", (*command, "--output_dir", tmp_path / "both"), 2, sabotage)
-        statuses = children.finish(*jobs, *several)
+        one_dies_and_another_takes_over("train_teacher", command, sabotage, tmp_path)
         server.shutdown()
-    assert statuses.count(-9) == 1
-    assert statuses[:2] == [0, 0] or (sorted(statuses[:2]) == [-9, 0] and statuses[2:] == [0, 0])
     for file in files:
         assert (tmp_path / "sets/MNIST/raw" / file.name).read_bytes() == file.read_bytes()
     assert not list((tmp_path / "sets").glob(".*.unfinished"))

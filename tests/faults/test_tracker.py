@@ -20,8 +20,6 @@ from conftest import ROOT, SMALL
 from job import before
 from records import truth, wandb_records, wandb_scalars
 
-from kd.errors import run_script  # noqa: F401 (for a process of its own)
-
 pytestmark = pytest.mark.slow
 
 
@@ -198,7 +196,7 @@ def test_the_server_vanishes_while_a_run_is_online(tmp_path):
     """In a Python of its own, whose exit W&B's client holds up too."""
     server, run = Server(), tmp_path / "run"
     code = f"import test_tracker, train_teacher; test_tracker.Vanishes({server.url!r}, 90)()\n"
-    code += "test_tracker.run_script(train_teacher.main)"
+    code += "from kd.errors import run_script; run_script(train_teacher.main)"
     command = [sys.executable, "-c", code, *map(str, SMALL), "--report_to", "wandb", "--output_dir", str(run)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/faults")])
     with (tmp_path / "said").open("w") as output:
