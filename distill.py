@@ -4,23 +4,23 @@
 accelerate launch distill.py --config recipes/digits/kd.yaml --teacher runs/digits/teacher
 """
 
-from kd.errors import run_script
+from kd.util.errors import run_script
 
 
 def main(argv: list[str] | None = None) -> int:
     """Distil, and return the exit status: 0 when finished, 128 + the signal when a signal stopped it."""
-    from kd.config import DistillConfig  # all imports that take time are in here, where Ctrl-C is one line
-    from kd.parse import parse
+    from kd.run.config import DistillConfig  # all imports that take time are in here, where Ctrl-C is one line
+    from kd.run.parse import parse
 
     config = parse(DistillConfig, argv)
 
-    from kd.conclude import conclude  # --help and --print_config need none of these
     from kd.data import load_data
-    from kd.distiller import Distiller
-    from kd.fit import fit
-    from kd.precompute import precompute_teacher
-    from kd.setup import announce, build_student, choose_batch_norm, compile_step, make_accelerator, open_run
     from kd.teachers import load_teacher
+    from kd.teachers.precompute import precompute_teacher
+    from kd.train.conclude import conclude  # --help and --print_config need none of these
+    from kd.train.distiller import Distiller
+    from kd.train.fit import fit
+    from kd.train.setup import announce, build_student, choose_batch_norm, compile_step, make_accelerator, open_run
 
     accelerator = make_accelerator(config)
     with open_run(config, accelerator) as run:

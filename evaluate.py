@@ -8,26 +8,26 @@ import contextlib
 import sys
 from pathlib import Path
 
-from kd.errors import run_script, say
+from kd.util.errors import run_script, say
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure each run, print a table, write what is asked for; returns the exit status."""
-    from kd.config import EvaluateConfig  # all imports that take time are in here, where Ctrl-C is one line
-    from kd.parse import parse
+    from kd.run.config import EvaluateConfig  # all imports that take time are in here, where Ctrl-C is one line
+    from kd.run.parse import parse
 
     config = parse(EvaluateConfig, argv, positional="runs")
     runs = list(dict.fromkeys(config.runs))
 
     from accelerate import Accelerator  # --help needs none of these
 
-    from kd import zero
-    from kd.compare import compare, find_baseline
-    from kd.evaluation import Evaluator
+    from kd.measure.compare import compare, find_baseline
+    from kd.measure.evaluation import Evaluator
     from kd.report import write_report
-    from kd.run_folder import write_atomic
-    from kd.setup import keep_freed_memory, on_cpu, set_threads
-    from kd.tables import all_notes, content, render, to_json
+    from kd.report.tables import all_notes, content, render, to_json
+    from kd.run.folder import write_atomic
+    from kd.train import zero
+    from kd.train.setup import keep_freed_memory, on_cpu, set_threads
 
     find_baseline(runs, config.baseline)
     set_threads()

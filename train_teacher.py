@@ -4,22 +4,22 @@
 accelerate launch train_teacher.py --config recipes/digits/teacher.yaml
 """
 
-from kd.errors import UserError, run_script
+from kd.util.errors import UserError, run_script
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train, and return the exit status: 0 when finished, 128 + the signal when a signal stopped it."""
-    from kd.config import TeacherConfig  # all imports that take time are in here, where Ctrl-C is one line
-    from kd.parse import parse
+    from kd.run.config import TeacherConfig  # all imports that take time are in here, where Ctrl-C is one line
+    from kd.run.parse import parse
 
     config = parse(TeacherConfig, argv)
 
-    from kd.conclude import conclude  # --help and --print_config need none of these
     from kd.data import load_data
-    from kd.distiller import Distiller
-    from kd.fit import fit
-    from kd.precompute import precompute_backbone
-    from kd.setup import announce, build_trained, choose_batch_norm, compile_step, make_accelerator, open_run
+    from kd.teachers.precompute import precompute_backbone
+    from kd.train.conclude import conclude  # --help and --print_config need none of these
+    from kd.train.distiller import Distiller
+    from kd.train.fit import fit
+    from kd.train.setup import announce, build_trained, choose_batch_norm, compile_step, make_accelerator, open_run
 
     comparing = [type(loss).__name__ for loss in config.losses if loss.needs_teacher]
     if comparing:

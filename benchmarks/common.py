@@ -62,23 +62,23 @@ def call(script: str, arguments: Iterable) -> None:
 
 def seconds_to_last_step(script: str, arguments: Iterable) -> float:
     """Seconds of a script from after its imports until its last step and checkpoint; the test comes after that."""
-    import kd.conclude
-    import kd.fit  # before the clock starts, as the imports of what it is compared with
-    import kd.precompute
-    import kd.setup
+    import kd.teachers.precompute
+    import kd.train.conclude
+    import kd.train.fit  # before the clock starts, as the imports of what it is compared with
+    import kd.train.setup
 
-    conclude, ended = kd.conclude.conclude, []
+    conclude, ended = kd.train.conclude.conclude, []
 
     def timed(*given):
         ended.append(time.perf_counter())
         return conclude(*given)
 
-    kd.conclude.conclude = timed
+    kd.train.conclude.conclude = timed
     try:
         began = time.perf_counter()
         call(script, arguments)
     finally:
-        kd.conclude.conclude = conclude
+        kd.train.conclude.conclude = conclude
     return ended[0] - began
 
 
@@ -144,8 +144,8 @@ def subset(source: str, folder: Path, train: int, test: int) -> str:
     """A data set of `train` class-balanced and `test` random images of another, the same on each call."""
     import numpy as np
 
-    from kd.config import DataConfig
     from kd.data import load_data
+    from kd.run.config import DataConfig
 
     data = load_data(DataConfig(source=source, val_fraction=0, num_train=train))
     some = np.random.default_rng(0).permutation(len(data.test))[:test]
@@ -160,7 +160,7 @@ def about() -> dict:
     """The machine and the versions that the numbers belong to."""
     import torch
 
-    from kd.machine import device_name, git_commit, versions
+    from kd.util.machine import device_name, git_commit, versions
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {

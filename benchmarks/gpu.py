@@ -121,8 +121,8 @@ def measure(part: str, source: str, epochs: int, rounds: int, out: Path | None) 
 
 def decode(source: str) -> dict:
     """Decode the set, so that no measured run has to."""
-    from kd.config import DataConfig
     from kd.data import load_data
+    from kd.run.config import DataConfig
 
     return {"images": len(load_data(DataConfig(source=source, val_fraction=0)).train)}
 

@@ -66,19 +66,19 @@ def one(source: str, teachers: int, taps: int, teacher: str, precompute: str, st
     arguments = ["--student", "light_nn", "--teacher", names, "--data.source", source, "--data.val_fraction", 0]
     arguments += ["--losses", _terms(taps), "--data.batch_size", BATCH, "--max_steps", steps, "--epochs", 10_000]
     arguments += ["--log_every", LOG_EVERY, "--output_dir", f"{folder}/run", "--overwrite", "true"]
-    import kd.fit
+    import kd.train.fit
 
-    ready, fit = [], kd.fit.fit
+    ready, fit = [], kd.train.fit.fit
 
     def timed(*given):
         ready.append(time.perf_counter())
         return fit(*given)
 
-    kd.fit.fit = timed
+    kd.train.fit.fit = timed
     try:
         call("distill", [*arguments, "--precompute", precompute])
     finally:
-        kd.fit.fit = fit
+        kd.train.fit.fit = fit
     if os.environ.get("RANK", "0") != "0":
         return {}
     rows = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
@@ -213,8 +213,8 @@ def large(stage: str, source: str, teacher: str, folder: str, group: str, limit_
         resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
     began = time.perf_counter()
     if stage == "store":
-        from kd.config import DataConfig
         from kd.data import load_data
+        from kd.run.config import DataConfig
 
         with contextlib.redirect_stdout(sys.stderr):
             load_data(DataConfig(source=source, val_fraction=0))

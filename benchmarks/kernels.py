@@ -29,13 +29,13 @@ def profile(source: str, teacher: str, student: str, batch_size: int, steps: int
     from torch.autograd.profiler_util import EventList
     from torch.profiler import ProfilerActivity
 
-    import kd.fit
+    import kd.train.fit
 
     on_gpu = torch.cuda.is_available()
     profiler = torch.profiler.profile(
         activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else []), acc_events=True
     )
-    read, calls, clock = kd.fit.TrainBatches.read, [], []
+    read, calls, clock = kd.train.fit.TrainBatches.read, [], []
 
     def tick() -> None:
         if on_gpu:
@@ -52,11 +52,11 @@ def profile(source: str, teacher: str, student: str, batch_size: int, steps: int
         calls.append(None)
         return read(*given, **named)
 
-    kd.fit.TrainBatches.read = counted
+    kd.train.fit.TrainBatches.read = counted
     try:
         _distill(source, teacher, student, batch_size, WARM_UP + steps)
     finally:
-        kd.fit.TrainBatches.read = read
+        kd.train.fit.TrainBatches.read = read
     microseconds = 1e6 * (clock[1] - clock[0])
     events: EventList = profiler.key_averages()
     kind = "self_device_time_total" if on_gpu else "self_cpu_time_total"
@@ -78,12 +78,12 @@ def parts(source: str, teacher: str, student: str, batch_size: int, steps: int) 
     """Milliseconds that the host spends in each part of a step of `distill.py`, without a profiler; on a CPU that is
     the part's own time. What is inside another part is taken out of that one."""
     from kd.data import TrainBatches
-    from kd.distiller import Distiller
-    from kd.engine import Engine
     from kd.losses import KL, CrossEntropy
     from kd.models.dropout import KeyedDropout
     from kd.models.preprocess import Preprocess
-    from kd.precompute import TableTeacher
+    from kd.teachers.precompute import TableTeacher
+    from kd.train.distiller import Distiller
+    from kd.train.engine import Engine
 
     timed = {
         "read the batch": (TrainBatches, "read"),

@@ -50,10 +50,10 @@ def limit(student: str, image_size: int, num_classes: int, batch_size: int, step
     import torch
     import torch.nn.functional as F
 
-    from kd.config import DistillConfig
     from kd.models import View, build_classifier
-    from kd.optim import make_optimizer
-    from kd.setup import make_accelerator
+    from kd.run.config import DistillConfig
+    from kd.train.optim import make_optimizer
+    from kd.train.setup import make_accelerator
 
     config = DistillConfig(teacher="none", output_dir="unused", report_to="none")
     config.data.batch_size = batch_size

@@ -26,13 +26,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 import comparison  # noqa: E402
 
 from kd import keyed  # noqa: E402
-from kd.distiller import Distiller  # noqa: E402
 from kd.losses import LOSSES  # noqa: E402
-from kd.machine import device_name, versions  # noqa: E402
 from kd.models import View, build_classifier  # noqa: E402
 from kd.models.reused_head import reuse_head  # noqa: E402
 from kd.outputs import Batch  # noqa: E402
 from kd.teachers import Teacher  # noqa: E402
+from kd.train.distiller import Distiller  # noqa: E402
+from kd.util.machine import device_name, versions  # noqa: E402
 
 NUM_CLASSES, NUM_IMAGES = 100, 50_000
 

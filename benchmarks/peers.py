@@ -73,9 +73,9 @@ def _pieces(job: dict, source: str, teacher: str):
     from torchvision import transforms
 
     import kd
-    from kd.config import DataConfig
     from kd.data import load_data
     from kd.models import View, build_classifier
+    from kd.run.config import DataConfig
 
     split = load_data(DataConfig(source=source, val_fraction=0)).train
     pixels = split.store.images[split.places].transpose(0, 2, 3, 1).copy()

@@ -51,9 +51,9 @@ def plain(job: str, source: str, seed: int, teacher: str) -> dict:
     from torchvision import transforms
 
     import kd
-    from kd.config import DataConfig
     from kd.data import load_data
     from kd.models import View, build_classifier
+    from kd.run.config import DataConfig
 
     data = load_data(DataConfig(source=source, val_fraction=0))
     size = [transforms.Resize(256), transforms.CenterCrop(224)] if job == "head" else []

@@ -19,7 +19,7 @@ def load(run, device="cpu"):
         `predict` on files or PIL images for class names and probabilities.
 
     Raises:
-        kd.errors.UserError: the folder is missing, unfinished or damaged.
+        kd.util.errors.UserError: the folder is missing, unfinished or damaged.
     """
     from kd.models import load_classifier  # torchvision is slow to import; `import kd` is not
 
@@ -30,13 +30,13 @@ def runs(folder):
     """The runs in a folder and below it, finished or not.
 
     Returns:
-        A list of `kd.records.Record`, which also has `frame()` and `curves()`, pandas DataFrames of one row a run and
-        of one row a logged number. `kd.plots` draws them.
+        A list of `kd.measure.records.Record`, which also has `frame()` and `curves()`, pandas DataFrames of one row a
+        run and of one row a logged number. `kd.plots` draws them.
 
     Raises:
-        kd.errors.UserError: there is no such folder.
+        kd.util.errors.UserError: there is no such folder.
     """
-    from kd.records import find_runs
+    from kd.measure.records import find_runs
 
     return find_runs(folder)
 
@@ -45,9 +45,9 @@ def results(path):
     """What `evaluate.py` measured: `runs` and `groups`, from the folder of `--report` or the file of `--json`.
 
     Raises:
-        kd.errors.UserError: it is not there, or holds something else.
+        kd.util.errors.UserError: it is not there, or holds something else.
     """
-    from kd.records import read_results
+    from kd.measure.records import read_results
 
     return read_results(path)
 
@@ -56,5 +56,5 @@ def __getattr__(name):
     if name == "plots":  # matplotlib is slow to import; `import kd` is not
         import importlib
 
-        return importlib.import_module("kd.plots")
+        return importlib.import_module("kd.report.plots")
     raise AttributeError(f"module 'kd' has no attribute {name!r}")

@@ -16,7 +16,7 @@ import threading
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["kd.conclude", "kd.fit", "kd.setup", "kd.teachers", "sklearn.datasets", "torch._dynamo"]
+    ["kd.train.conclude", "kd.train.fit", "kd.train.setup", "kd.teachers", "sklearn.datasets", "torch._dynamo"]
 )
 
 
@@ -91,7 +91,7 @@ def _run(script, arguments, environment, sabotage, output) -> None:
         os.dup2(file, 2)
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         os.environ.pop(name, None)
-    from kd.errors import run_script
+    from kd.util.errors import run_script
 
     if callable(sabotage):
         sabotage()

@@ -59,7 +59,7 @@ class Result:
 @pytest.fixture
 def call(capsys):
     """Run a script in this process as its command line would: `call("distill", "--epochs", 2)`."""
-    from kd.errors import run_script
+    from kd.util.errors import run_script
 
     def run(script: str, *arguments) -> Result:
         main = importlib.import_module(script).main

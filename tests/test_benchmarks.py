@@ -141,8 +141,8 @@ def test_every_part_has_arguments_that_its_script_takes(name, capsys):
 
 
 def test_random_images_and_subset_are_what_they_say(tmp_path):
-    from kd.config import DataConfig
     from kd.data import load_data
+    from kd.run.config import DataConfig
 
     source = common.random_images(tmp_path / "random", 300, 8, num_classes=3)
     data = load_data(DataConfig(source=source, val_fraction=0))

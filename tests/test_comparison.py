@@ -11,9 +11,9 @@ import torch
 import yaml
 from conftest import ROOT
 
-from kd.config import DistillConfig, TeacherConfig
 from kd.losses import LOSSES
-from kd.parse import parse
+from kd.run.config import DistillConfig, TeacherConfig
+from kd.run.parse import parse
 
 
 def load(path):

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from kd.config import DistillConfig, EvaluateConfig, TeacherConfig
-from kd.parse import parse
+from kd.run.config import DistillConfig, EvaluateConfig, TeacherConfig
+from kd.run.parse import parse
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)

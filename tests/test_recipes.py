@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from kd.config import DistillConfig, TeacherConfig
 from kd.data import Data, Split
 from kd.data.store import Store
-from kd.parse import parse
-from kd.setup import build_trained
+from kd.run.config import DistillConfig, TeacherConfig
+from kd.run.parse import parse
+from kd.train.setup import build_trained
 
 
 @functools.cache

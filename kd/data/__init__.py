@@ -20,9 +20,9 @@ from kd.data.split import balanced_order, carve
 from kd.data.store import Store, open_stores
 from kd.data.stream import Encoded, ahead, in_workers
 from kd.data.views import Views as Views
-from kd.device import free_memory, to_device
-from kd.errors import UserError, say
-from kd.mapped import announce, is_large
+from kd.util.device import free_memory, to_device
+from kd.util.errors import UserError, say
+from kd.util.mapped import announce, is_large
 
 
 def default_cache_dir() -> Path:
@@ -113,7 +113,7 @@ class Split:
         return replace(self, resident=tuple(whole))
 
     def shown(self, images: Tensor, lookup: Tensor) -> Tensor:
-        """What the network is given for these views of images; see `kd.precompute` for what may be instead."""
+        """What the network is given for these views of images; see `kd.teachers.precompute` for what may be instead."""
         return images
 
 
@@ -169,7 +169,7 @@ class Data:
 
 
 def load_data(config, download: bool = True) -> Data:
-    """Open a `kd.config.DataConfig`'s source and make its splits.
+    """Open a `kd.run.config.DataConfig`'s source and make its splits.
 
     Args:
         download: False to refuse a named set that is not on this disk instead of fetching it.

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from kd import keyed
-from kd.data.mix import mixed_labels
 from kd.data.views import Views
-from kd.device import to_device
+from kd.data.views.mixes import mixed_labels
 from kd.outputs import Batch
+from kd.util.device import to_device
 
 if TYPE_CHECKING:
     from kd.data import Split

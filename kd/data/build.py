@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kd.aside import built_aside
 from kd.data.decode import OtherSize, UnreadableImage, image_size
 from kd.data.sources import RawSplit
 from kd.data.stream import in_workers, unreadable
-from kd.errors import UserError
-from kd.machine import num_cores
+from kd.util.aside import built_aside
+from kd.util.errors import UserError
+from kd.util.machine import num_cores
 
 FEW = 512  # images that are decoded sooner than processes have started
 BLOCK_BYTES = 2**20  # what a worker decodes at a time

@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock
 
 from kd.data.decode import UnreadableImage, read_image
-from kd.errors import UserError, say, unknown
+from kd.util.errors import UserError, say, unknown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 TEST_NAMES, VAL_NAMES = ("test",), ("val", "valid", "validation")

@@ -21,8 +21,8 @@ from kd.data.build import Recipe, build, examined, much_larger, size_of_first
 from kd.data.decode import OtherSize
 from kd.data.sources import RawSplit, Source
 from kd.data.stream import Encoded
-from kd.errors import UserError, say
-from kd.machine import share_of_cores
+from kd.util.errors import UserError, say
+from kd.util.machine import share_of_cores
 
 SHARE_OF_DISK = 0.5  # of the free space that the decoded images may take
 
@@ -31,7 +31,7 @@ SHARE_OF_DISK = 0.5  # of the free space that the decoded images may take
 class Store:
     """Decoded images of one split: images uint8 (N, C, H, W), memory-mapped or `Encoded`; labels int64 (N,).
 
-    In place of images there may be rows of a table, see `kd.precompute`.
+    In place of images there may be rows of a table, see `kd.teachers.precompute`.
     """
 
     images: np.ndarray | Encoded

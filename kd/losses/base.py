@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.outputs import Batch, Outputs
-from kd.parallel import global_rows
+from kd.util.parallel import global_rows
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kd import keyed
 from kd.losses.base import FeatureLoss, Setting
 from kd.outputs import Batch, Outputs
-from kd.parallel import global_rows
+from kd.util.parallel import global_rows
 
 PURPOSE = 0x435244  # keeps these draws apart from others with the same key
 CHUNK = 1 << 23  # scalars that one part of a batch may need at once

@@ -16,7 +16,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from kd.errors import UserError, unknown
 from kd.models import torchvision_nets
 from kd.models.cifar import CIFAR_NETS
 from kd.models.dropout import use_keyed_dropout
@@ -27,6 +26,7 @@ from kd.models.reused_head import ReusedHead, reuse_head
 from kd.models.small import SMALL_NETS
 from kd.models.taps import Taps
 from kd.outputs import Outputs
+from kd.util.errors import UserError, unknown
 
 __all__ = [
     "Classifier",

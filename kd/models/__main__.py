@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from kd.errors import UserError, run_script
 from kd.models import build_network
 from kd.models.taps import tap_shapes
+from kd.util.errors import UserError, run_script
 
 
 def main(argv: list[str] | None = None) -> int:

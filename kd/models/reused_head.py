@@ -12,10 +12,10 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from kd.errors import UserError
 from kd.models.cifar import CifarNet
 from kd.models.frozen import freeze
 from kd.models.torchvision_nets import head_name
+from kd.util.errors import UserError
 
 
 class ReusedHead(nn.Module):

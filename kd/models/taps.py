@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from kd.errors import unknown
+from kd.util.errors import unknown
 
 
 class Taps:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kd.errors import UserError
+from kd.util.errors import UserError
 
 
 def names() -> list[str]:

@@ -8,13 +8,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kd import metrics
-from kd.evaluation import Measured
-from kd.page import thumbnail
-from kd.records import Record
+from kd.measure import metrics
+from kd.measure.evaluation import Measured
+from kd.measure.records import Record
+from kd.report.page import thumbnail
 from kd.report.sections import report_page
-from kd.run_folder import write_atomic
-from kd.tables import (
+from kd.report.tables import (
     against,
     aligned,
     all_notes,
@@ -26,6 +25,7 @@ from kd.tables import (
     speed_table,
     to_json,
 )
+from kd.run.folder import write_atomic
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 MOST_TEMPERATURES = 5
@@ -37,7 +37,7 @@ SURE = 0.8  # how sure a teacher is of the images whose soft targets are shown, 
 
 def write_report(folder: Path, results: list[Measured], groups: list[dict]) -> list[Path]:
     """Write index.html, results.json, report.md and accuracy_vs_cost.png; returns the files."""
-    from kd import plots
+    from kd.report import plots
 
     folder.mkdir(parents=True, exist_ok=True)
     records = [Record(result.name) for result in results]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from html import escape
 
-from kd import plots
-from kd.page import document, image, table
-from kd.records import Record
-from kd.tables import (
+from kd.measure.records import Record
+from kd.report import plots
+from kd.report.page import document, image, table
+from kd.report.tables import (
     against,
     caption,
     cka_table,
@@ -49,7 +49,7 @@ def report_page(content: dict, records: list[Record], pictures: dict[tuple[str, 
     """The page's HTML.
 
     Args:
-        content: what is written as results.json, by `kd.tables.content`, with its `differences` and `soft_targets`.
+        content: what `kd.report.tables.content` gives for results.json, with its `differences` and `soft_targets`.
         records: the folders of its runs, in the same order.
         pictures: data URIs by (run, position of the image), of the images that `content` names.
     """

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd.machine import git_branch, git_commit, hardware, versions
-from kd.run_folder import Run
+from kd.run.folder import Run
 from kd.track.outcome import Outcome
+from kd.util.machine import git_branch, git_commit, hardware, versions
 
 
 @dataclass

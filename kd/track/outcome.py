@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.data import Split
-from kd.metrics import confusion_matrix
+from kd.measure.metrics import confusion_matrix
 
 NUM_HARDEST = 32
 SIDE = 64  # pixels that a small image is enlarged to, at least

@@ -10,9 +10,9 @@ import io
 
 from accelerate import Accelerator
 
-from kd.errors import say
 from kd.track.job import Job, TrackerRun
 from kd.track.outcome import Outcome
+from kd.util.errors import say
 
 
 class TrackioRun(TrackerRun):

@@ -13,9 +13,9 @@ from urllib.parse import urlparse
 
 from accelerate import Accelerator
 
-from kd.errors import say
 from kd.track.job import Job, TrackerRun
 from kd.track.outcome import Outcome
+from kd.util.errors import say
 
 # The summary holds the best of these, and it is known which way is better; the others' last values.
 BEST = {"val/accuracy": "max", "val/nll": "min", "train/loss": "min", "epoch/loss": "min"}

@@ -17,7 +17,7 @@ from conftest import UNEVEN
 from filelock import FileLock
 from test_resume import assert_same_run
 
-from kd.checkpoint import load_newest
+from kd.train.checkpoint import load_newest
 
 # 200 digits in batches of 48: 5 steps an epoch, the last one uneven; dropout, flips and crops are all drawn.
 ARGUMENTS = (
@@ -112,7 +112,7 @@ class Slowly:
         self.seconds = seconds
 
     def __call__(self) -> None:
-        before("kd.meter", "Meter.add", lambda *_: time.sleep(self.seconds))
+        before("kd.train.meter", "Meter.add", lambda *_: time.sleep(self.seconds))
 
 
 class TornWrite:
@@ -122,7 +122,7 @@ class TornWrite:
         self.count, self.share, self.calls = count, share, 0
 
     def __call__(self) -> None:
-        before("kd.checkpoint", "_write", self.tear)
+        before("kd.train.checkpoint", "_write", self.tear)
 
     def tear(self, path: Path, content: bytes) -> None:
         self.calls += 1
@@ -163,7 +163,7 @@ class NotANumber:
             return first(loss, *inputs) * (float("nan") if bad else 1)
 
         CrossEntropy.forward = forward
-        before("kd.meter", "Meter.add", self.count)
+        before("kd.train.meter", "Meter.add", self.count)
 
     def count(self, *_step) -> None:
         self.done += 1

@@ -31,14 +31,14 @@ from job import (
     kill_all,
 )
 
-from kd.checkpoint import checkpoints
+from kd.train.checkpoint import checkpoints
 
 # Signals
 
 
 def signal_to_one(job: Job) -> None:
     number, step = signal.Signals[job.kind], job.draw.randint(1, STEPS - 1)
-    statuses = job.run(sabotage=(f"kd.meter.Meter.add:{number.name}", step))
+    statuses = job.run(sabotage=(f"kd.train.meter.Meter.add:{number.name}", step))
     assert statuses == [128 + number] * job.count, job.said
     assert job.saved_step() == step
     assert f"stopped by {number.name} after step {step}" in job.said
@@ -165,7 +165,7 @@ def one_process_hangs(job: Job) -> None:
 
 def damaged_checkpoint(job: Job) -> None:
     step = job.draw.randint(5, STEPS - 1)
-    job.run(sabotage=("kd.meter.Meter.add", step))
+    job.run(sabotage=("kd.train.meter.Meter.add", step))
     newest, before = checkpoints(job.checkpoints)
     file = job.draw.choice(sorted(newest.iterdir()))
     content = bytearray(file.read_bytes())
@@ -194,7 +194,7 @@ def small_disk(job: Job):
 def disk_full_in_a_checkpoint(job: Job) -> None:
     with small_disk(job) as disk:
         number = job.draw.randint(4, 24)  # a checkpoint is three files, later four
-        statuses = job.run(sabotage=FillDisk(disk, "kd.checkpoint", "_write", number, job.draw.choice([0, 8192])))
+        statuses = job.run(sabotage=FillDisk(disk, "kd.train.checkpoint", "_write", number, job.draw.choice([0, 8192])))
         assert statuses[0] == 1
         assert 0 not in statuses
         (line,) = [line for line in job.errors() if line.startswith("error: ")]
@@ -209,7 +209,9 @@ def disk_full_in_a_checkpoint(job: Job) -> None:
 
 def disk_full_in_a_log_line(job: Job) -> None:
     with small_disk(job) as disk:
-        assert job.run("--checkpoint_every", 1000, sabotage=("kd.meter.Meter.add:SIGTERM", 4)) == [143] * job.count
+        assert (
+            job.run("--checkpoint_every", 1000, sabotage=("kd.train.meter.Meter.add:SIGTERM", 4)) == [143] * job.count
+        )
         fill = FillDisk(disk, "kd.track", "Tracker.log", 1)
         statuses = job.run("--checkpoint_every", 1000, sabotage=fill)
         assert statuses[0] == 1
@@ -225,7 +227,7 @@ def disk_full_in_a_log_line(job: Job) -> None:
 def read_only_output(job: Job) -> None:
     with small_disk(job) as disk:
         step = job.draw.randint(1, STEPS - 1)
-        job.run(sabotage=("kd.meter.Meter.add:SIGTERM", step))
+        job.run(sabotage=("kd.train.meter.Meter.add:SIGTERM", step))
         disk.read_only(True)
         statuses = job.run()
         assert statuses[0] == 1

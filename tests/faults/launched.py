@@ -3,7 +3,7 @@
 from job import Slowly
 
 import train_teacher
-from kd.errors import run_script
+from kd.util.errors import run_script
 
 if __name__ == "__main__":
     Slowly(0.2)()

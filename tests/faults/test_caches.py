@@ -50,7 +50,7 @@ class BuilderDies:
 
 
 STORE = ("kd.data.store", "build", ("kd.data.build", "_reserve"))
-TABLE = ("kd.fixed_table", "_build", ("kd.fixed_table", "_digest"))
+TABLE = ("kd.teachers.fixed_table", "_build", ("kd.teachers.fixed_table", "_digest"))
 
 
 def builds(cache: Path, kind: str) -> list[str]:

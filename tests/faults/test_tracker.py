@@ -196,7 +196,7 @@ def test_the_server_vanishes_while_a_run_is_online(tmp_path):
     """In a Python of its own, whose exit W&B's client holds up too."""
     server, run = Server(), tmp_path / "run"
     code = f"import test_tracker, train_teacher; test_tracker.Vanishes({server.url!r}, 90)()\n"
-    code += "from kd.errors import run_script; run_script(train_teacher.main)"
+    code += "from kd.util.errors import run_script; run_script(train_teacher.main)"
     command = [sys.executable, "-c", code, *map(str, SMALL), "--report_to", "wandb", "--output_dir", str(run)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/faults")])
     with (tmp_path / "said").open("w") as output:

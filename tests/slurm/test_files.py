@@ -12,8 +12,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from kd.config import DistillConfig, TeacherConfig
-from kd.parse import parse
+from kd.run.config import DistillConfig, TeacherConfig
+from kd.run.parse import parse
 
 SHELL = [*sorted((ROOT / "slurm").glob("*.s[bh]*")), ROOT / "tests/slurm/cluster.sh"]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("KD_", "SLURM_", "SBATCH_"))}

@@ -1,0 +1,282 @@
+"""Compare measured runs: seeds as one group, paired tests on the same images, gains, the Pareto front.
+
+Functions of plain rows, those that `evaluate.py --format json` gives as `runs`, so that they take saved ones too. The
+differences are in percentage points of top-1 accuracy.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from kd import keyed
+from kd.run.config import FREE_FIELDS
+from kd.run.parse import differing_fields
+from kd.util.errors import unknown
+
+AVERAGED = ("top1", "top5", "nll", "brier", "calibration_error", "agreement", "kl", "corruption_mean")
+REPLICATES = 2000
+_AT_ONCE = 2**22  # draws that are kept at a time
+_IMAGES, _SEEDS = keyed.key(0, 4), 5  # what a draw is for; see kd.data
+
+
+def experiment(config: dict, read: Callable[[str], dict | None], seen: tuple[str, ...] = ()) -> str:
+    """A name for what a run does, the same for runs that differ in nothing but their seed and the folders they write.
+
+    Args:
+        config: a run's resolved config.
+        read: from a run folder to its resolved config, None where there is none: a teacher and first weights count by
+            what they are, so that students of teachers that differ only in their seed are one experiment.
+    """
+    content = {name: value for name, value in config.items() if name not in (*FREE_FIELDS, "seed")}
+    if isinstance(content.get("data"), dict):
+        content["data"] = {name: v for name, v in content["data"].items() if f"data.{name}" not in FREE_FIELDS}
+    for field in ("teacher", "init_from"):
+        folders = content.get(field) or []
+        folders = [folders] if isinstance(folders, str) else folders
+        known = [(folder, None if folder in seen else read(folder)) for folder in folders]
+        content[field] = [experiment(c, read, (*seen, folder)) if c else folder for folder, c in known]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def spread(values: Iterable[float | None]) -> dict | None:
+    """Mean and standard deviation (n - 1 in its denominator; None for one value); None if a value is missing."""
+    values = list(values)
+    if not values or any(value is None for value in values):
+        return None
+    mean = math.fsum(values) / len(values)
+    squares = math.fsum((value - mean) ** 2 for value in values)
+    return {"mean": mean, "std": math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else None}
+
+
+def mcnemar(only_one: int, only_other: int) -> float:
+    """McNemar's test (1947, https://doi.org/10.1007/BF02295996) of two networks on the same images, exact.
+
+    Args:
+        only_one, only_other: how many images only the one, and only the other, gets right.
+
+    Returns:
+        The two-sided p of as uneven a share of these images if either network were as likely to have each:
+        twice the binomial's tail, from integers.
+    """
+    count, term, tail = only_one + only_other, 1, 1
+    for i in range(min(only_one, only_other)):
+        term = term * (count - i) // (i + 1)
+        tail += term
+    return min(1.0, 2 * tail / 2**count)
+
+
+def bootstrap(correct: Tensor, replicates: int = REPLICATES) -> Tensor:
+    """Accuracies in percent (replicates, S) of S runs on images drawn with replacement, the same ones for all runs.
+
+    Args:
+        correct: bool (S, N), whether each run gets each image right.
+
+    The draws are a function of (replicate, N): the same call gives the same numbers.
+    """
+    num_images = correct.shape[1]
+    at_once, parts = max(1, _AT_ONCE // num_images), []
+    for start in range(0, replicates, at_once):
+        size = min(at_once, replicates - start)
+        draws = keyed.keys(_IMAGES, torch.arange(start * num_images, (start + size) * num_images))
+        place = (keyed.uniform(draws).double() * num_images).long().view(size, num_images)
+        place += num_images * torch.arange(size)[:, None]
+        counts = torch.bincount(place.flatten(), minlength=size * num_images).view(size, num_images)
+        parts.append(counts.double() @ correct.double().T)
+    return 100 * torch.cat(parts) / num_images
+
+
+def group_mean(samples: Tensor, salt: int) -> Tensor:
+    """Bootstrapped mean (replicates,) of a group's runs (replicates, S): runs are drawn with replacement as well.
+
+    Their distance from the mean is enlarged by sqrt(S / (S - 1)), without which so few draws are too close to it (Rao
+    and Wu 1988). `salt` makes one group's draws independent of another's.
+    """
+    replicates, num_runs = samples.shape
+    centre = samples.mean(1)
+    if num_runs == 1:
+        return centre
+    draws = keyed.uniform(keyed.keys(keyed.key(0, _SEEDS, salt), torch.arange(replicates * num_runs)))
+    chosen = (draws.double() * num_runs).long().view(replicates, num_runs)
+    return centre + math.sqrt(num_runs / (num_runs - 1)) * (samples.gather(1, chosen).mean(1) - centre)
+
+
+def pareto(points: list[tuple[float, float]]) -> list[bool]:
+    """Which of the points (accuracy, cost) no other beats in one without losing in the other."""
+    return [
+        not any(a >= accuracy and c <= cost and (a, c) != (accuracy, cost) for a, c in points)
+        for accuracy, cost in points
+    ]
+
+
+def find_baseline(runs: list[str], baseline: str | None) -> str | None:
+    """The run that is the baseline, however its path is written.
+
+    Raises:
+        UserError: it is not among the runs.
+    """
+    found = [run for run in runs if baseline is not None and os.path.realpath(run) == os.path.realpath(baseline)]
+    if baseline is not None and not found:
+        raise unknown("baseline", baseline, runs, "it must be one of the runs")
+    return found[0] if found else None
+
+
+def compare(rows: list[dict], baseline: str | None = None) -> list[dict]:
+    """Groups of runs that differ only in their seed, and how each compares with a baseline.
+
+    Args:
+        rows: as `kd.measure.evaluation` measures them, each run once.
+        baseline: one of the runs, whose group the others are compared with; by default a distilled group is compared
+            with its student alone: the group of the same network without a teacher, where there is exactly one.
+
+    Returns:
+        For each group, in the order of its first run, plain values:
+        `name`, `runs`, `n`, `seeds`; `spread` of each metric of `AVERAGED`; `num_params`, `multiply_adds`;
+        `baseline` (a group's name), `difference`, `interval` (95 %, paired bootstrap over images and over runs) and
+        `mcnemar` (a test for each pair of runs, those of equal seeds where there are such), None without one;
+        `alone`, `gain` over it and `gap_closed`, the percent of the teacher's lead over it that the student has;
+        `front`: whether it is on the Pareto front of top-1 against `multiply_adds`, and against `num_params`; `notes`.
+
+    Raises:
+        UserError: the baseline is not among the runs.
+    """
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault((row["experiment"], row["images"]), []).append(row)
+    members = dict(zip(group_names(list(found.values())), found.values(), strict=True))
+    run = find_baseline([row["run"] for row in rows], baseline)
+    chosen = next((name for name, group in members.items() if any(row["run"] == run for row in group)), None)
+
+    groups = {name: _describe(name, group) for name, group in members.items()}
+
+    @functools.cache
+    def samples(name: str) -> Tensor:
+        return group_mean(bootstrap(_correct(members[name])), list(members).index(name))
+
+    for name, group in groups.items():
+        mine = members[name]
+        candidates = [other for other in members if _is_alone(members[other][0], mine[0])]
+        alone = group["alone"] = candidates[0] if len(candidates) == 1 else None
+        other = group["baseline"] = alone if chosen is None else chosen if chosen != name else None
+        group.update(_gain(group, groups[alone] if alone else None, mine))
+        group.update(dict.fromkeys(("difference", "interval", "mcnemar")))
+        if other:
+            theirs = members[other]
+            group["difference"] = _top1(group) - _top1(groups[other])
+            group["notes"] += _unlike(name, mine[0], other, theirs[0])
+            if mine[0]["images"] == theirs[0]["images"]:
+                ends = torch.tensor([0.025, 0.975], dtype=torch.double)
+                group["interval"] = torch.quantile(samples(name) - samples(other), ends).tolist()
+                group["mcnemar"] = [_test(*pair) for pair in _pairs(mine, theirs)]
+        elif chosen is None and "teacher" in mine[0]["config"] and len(groups) > 1:
+            which = f"is one of {', '.join(candidates)}" if candidates else "is not among the runs"
+            group["notes"].append(f"{name}: its student alone {which}; --baseline names what to compare with")
+        rivals = [rival for rival in groups if members[rival][0]["images"] == mine[0]["images"]]
+        group["front"] = {
+            cost: pareto([(_top1(groups[rival]), groups[rival][cost]) for rival in rivals])[rivals.index(name)]
+            for cost in ("multiply_adds", "num_params")
+        }
+    return list(groups.values())
+
+
+def _top1(group: dict) -> float:
+    return group["spread"]["top1"]["mean"]
+
+
+def _gain(group: dict, alone: dict | None, rows: list[dict]) -> dict:
+    """What a group gains over its student alone, and the percent of the teacher's lead that this is."""
+    if alone is None:
+        return {"gain": None, "gap_closed": None}
+    gain, teacher = _top1(group) - _top1(alone), spread(row["teacher_top1"] for row in rows)
+    lead = teacher["mean"] - _top1(alone) if teacher else 0
+    return {"gain": gain, "gap_closed": 100 * gain / lead if lead > 0 else None}
+
+
+def group_names(groups: list[list[dict]]) -> list[str]:
+    """A name for each group: its run's, or what its runs' names share, if that is its alone."""
+    names = []
+    for group in groups:
+        runs = [row["run"] for row in group]
+        start = _shared(runs)
+        end = _shared([run[len(start) :][::-1] for run in runs])[::-1]
+        names.append(runs[0] if len(runs) == 1 else f"{start}*{end}")
+    return [
+        name if names.count(name) == 1 else f"{group[0]['run']} and {len(group) - 1} more"
+        for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def _shared(names: list[str]) -> str:
+    """The first letters that all names have."""
+    length = 0
+    while all(len(name) > length and name[length] == names[0][length] for name in names):
+        length += 1
+    return names[0][:length]
+
+
+def _describe(name: str, rows: list[dict]) -> dict:
+    notes, seeds = [], [json.dumps([row["seed"], row["config"].get("teacher")]) for row in rows]
+    if len(set(seeds)) < len(rows):
+        notes.append(f"{name}: its runs of equal seed are not independent; their spread says nothing")
+    return {
+        "name": name,
+        "runs": [row["run"] for row in rows],
+        "n": len(rows),
+        "seeds": [row["seed"] for row in rows],
+        "spread": {key: spread(row.get(key) for row in rows) for key in AVERAGED},
+        "num_params": rows[0]["num_params"],
+        "multiply_adds": rows[0]["multiply_adds"],
+        "notes": notes,
+    }
+
+
+def _is_alone(row: dict, student: dict) -> bool:
+    """Whether a run is the student alone of a distilled one: the same network without a teacher, on the same images."""
+    if "teacher" in row["config"] or "teacher" not in student["config"] or row["images"] != student["images"]:
+        return False
+    trained, distilled = row["config"], student["config"]
+    same = trained.get("model") == distilled.get("student")
+    return same and (trained.get("model_args") or {}) == (distilled.get("model_args") or {})
+
+
+def _unlike(name: str, mine: dict, other: str, theirs: dict) -> list[str]:
+    """Notes on what makes a comparison unfair or impossible."""
+    notes = []
+    if mine["images"] != theirs["images"]:
+        notes.append(f"{name} and {other} were measured on different images: no test and no interval")
+    fields = ("data", "optimizer", "epochs", "max_steps", "weights", "init_from", "freeze_backbone", "select")
+    configs = [{field: row["config"].get(field) for field in fields} for row in (theirs, mine)]
+    if differing := differing_fields(*configs):
+        notes.append(f"{name} (here) and {other} (there) differ in {'; '.join(differing)}")
+    return notes
+
+
+def _correct(rows: list[dict]) -> Tensor:
+    correct = torch.ones(len(rows), rows[0]["num_images"], dtype=torch.bool)
+    for i, row in enumerate(rows):
+        correct[i, row["wrong"]] = False
+    return correct
+
+
+def _pairs(mine: list[dict], theirs: list[dict]) -> list[tuple[dict, dict]]:
+    every = [(a, b) for a in mine for b in theirs]
+    return [(a, b) for a, b in every if a["seed"] == b["seed"]] or every
+
+
+def _test(mine: dict, theirs: dict) -> dict:
+    one, other = set(mine["wrong"]), set(theirs["wrong"])
+    only_mine, only_theirs = len(other - one), len(one - other)
+    return {
+        "run": mine["run"],
+        "baseline": theirs["run"],
+        "only_run_right": only_mine,
+        "only_baseline_right": only_theirs,
+        "p": mcnemar(only_mine, only_theirs),
+    }

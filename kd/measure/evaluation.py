@@ -1,0 +1,253 @@
+"""Measure finished runs on the same images: accuracy, calibration, agreement with the teacher, cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kd.data import CorruptedSplit, Data, Split, load_data
+from kd.data.corrupt import SEVERITIES, STRENGTHS
+from kd.measure import cost, metrics
+from kd.measure.compare import experiment
+from kd.measure.predict import predict, similarity
+from kd.measure.records import config_of
+from kd.models import Classifier, load_classifier
+from kd.run.config import DataConfig, EvaluateConfig
+from kd.run.folder import read_summary
+from kd.run.parse import read_yaml
+from kd.teachers import load_teacher
+from kd.util.errors import UserError
+from kd.util.machine import device_name, versions
+
+BATCH_SIZES = (1, 8, 64)  # whose time is measured
+
+
+@dataclass
+class Measured:
+    """A run's numbers, all plain JSON values in `row`, and what they were computed from: logits (N, K), labels (N,),
+    the images, and where the run has a teacher its logits (N, K) for the same images."""
+
+    name: str
+    row: dict
+    logits: Tensor
+    labels: Tensor
+    view: Split
+    notes: list[str] = field(default_factory=list)
+    teacher_logits: Tensor | None = None
+
+    @property
+    def confusion(self) -> Tensor:
+        """Counts (K, K): row the label, column the prediction."""
+        return metrics.confusion_matrix(self.logits, self.labels)
+
+
+class Evaluator:
+    """Measures runs one after another; data and predictions that several share are made once.
+
+    Args:
+        config: which split, which images, and so on.
+        accelerator: predictions are shared by its processes.
+    """
+
+    def __init__(self, config: EvaluateConfig, accelerator):
+        self.config, self.accelerator = config, accelerator
+        self._data: dict[str, Data] = {}
+        self._logits: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def measure(self, run: str) -> Measured:
+        """All numbers of one run.
+
+        Raises:
+            UserError: it is missing, unfinished or damaged, or does not fit the data.
+        """
+        folder = Path(run)
+        classifier = load_classifier(folder, self.accelerator.device)
+        summary, resolved = read_summary(folder), read_yaml(folder / "config.yaml")
+        if not isinstance(resolved.get("data"), dict) or not {"seed", "seconds"} <= summary.keys():
+            raise UserError(f"run {run!r} is damaged: config.yaml or summary.json lacks fields; train it again")
+        key, data = self._open(resolved["data"])
+        _match(classifier, data, run)
+        split = getattr(data, self.config.split)
+        if split is None:
+            raise UserError(f"run {run!r} was trained without a validation split; use --split test")
+        view = self._view(split)
+        name = (str(folder.resolve()), key)
+        logits, labels = self._predict(name, classifier, data, view)
+        row = {
+            "run": run,
+            "model": classifier.recipe["model"],
+            "source": self.config.source or resolved["data"]["source"],
+            "split": self.config.split,
+            "corruption": view.corruption if isinstance(view, CorruptedSplit) else None,
+            "severity": view.severity if isinstance(view, CorruptedSplit) else None,
+            **_scores(logits, labels, data.classes),
+            **dict.fromkeys(("temperature", "nll_scaled", "calibration_error_scaled")),
+            "num_params": cost.num_params(classifier.network),
+            "multiply_adds": cost.multiply_adds(classifier, data.image_shape),
+            "bytes": (folder / "model.safetensors").stat().st_size,
+            **dict.fromkeys(("latency_ms", "speed")),
+            "teacher": resolved.get("teacher"),
+            **dict.fromkeys(("teacher_top1", "agreement", "agreement_top5", "kl", "cka")),
+            **dict.fromkeys(("only_student_right", "only_teacher_right")),
+            "seed": summary["seed"],
+            "train_seconds": summary["seconds"],
+            "device": device_name(self.accelerator.device),
+            "versions": versions(),
+            "config": resolved,
+            "experiment": experiment(resolved, config_of),
+        }
+        row["images"] = _identity(row, data.classes, view)
+        measured = Measured(run, row, logits, labels, view)
+        if data.val is not None and not self.config.source:
+            _scale(measured, *self._ask(classifier, data, data.val))
+        if self.config.latency and self.accelerator.is_main_process:
+            row["speed"] = [cost.speed(classifier, data.image_shape, size) for size in BATCH_SIZES]
+            row["latency_ms"] = row["speed"][0]["p50_ms"]
+        if self.config.corruption == "all":
+            self._corrupt(row, classifier, data, split)
+        if row["teacher"]:
+            self._compare(measured, classifier, key, data, view)
+        return measured
+
+    def _view(self, split: Split) -> Split:
+        """The split, corrupted if one corruption is asked for."""
+        if self.config.corruption in STRENGTHS:
+            return CorruptedSplit(split.store, split.places, self.config.corruption, self.config.severity)
+        return split
+
+    def _corrupt(self, row: dict, classifier: Classifier, data: Data, split: Split) -> None:
+        """Add the accuracy for each corruption and severity, and the mean of all."""
+        row["corruptions"] = {corruption: [] for corruption in STRENGTHS}
+        for corruption, severity in itertools.product(STRENGTHS, SEVERITIES):
+            view = CorruptedSplit(split.store, split.places, corruption, severity)
+            row["corruptions"][corruption].append(metrics.accuracy(*self._ask(classifier, data, view)))
+        every = [value for values in row["corruptions"].values() for value in values]
+        row["corruption_mean"] = sum(every) / len(every)
+
+    def _open(self, settings: dict) -> tuple[str, Data]:
+        settings = {name: value for name, value in settings.items() if name in _DATA_FIELDS}
+        if self.config.source:  # the run's subset and validation are not those of other images
+            settings.update(source=self.config.source, num_train=None)
+            if self.config.split == "test":
+                settings.update(val_fraction=0.0)
+        if self.config.cache_dir:
+            settings["cache_dir"] = self.config.cache_dir
+        key = json.dumps(settings, sort_keys=True)
+        if key not in self._data:
+            self._data[key] = load_data(DataConfig(**settings))
+        return key, self._data[key]
+
+    def _ask(self, network, data: Data, split: Split) -> tuple[Tensor, Tensor]:
+        """Logits (N, K) in the order of the data's classes, and labels (N,)."""
+        logits, labels = predict(network, split, self.config.batch_size, self.accelerator)
+        if isinstance(network, Classifier):
+            logits = logits[:, [network.classes.index(name) for name in data.classes]]
+        return logits, labels
+
+    def _predict(self, name: tuple, network, data: Data, view: Split) -> tuple[Tensor, Tensor]:
+        """The same for the measured images, asked once for each name."""
+        if name not in self._logits:
+            self._logits[name] = self._ask(network, data, view)
+        return self._logits[name]
+
+    def _compare(self, measured: Measured, classifier: Classifier, key: str, data: Data, view: Split) -> None:
+        """Add how like its teacher a run is, and say where it saves nothing."""
+        row, logits, labels = measured.row, measured.logits, measured.labels
+        names, mean = row["teacher"], row["config"]["teacher_mean"]
+        names = [names] if isinstance(names, str) else names
+        label = f"{measured.name}: its teacher {' + '.join(names)}"
+        try:
+            teacher = load_teacher(names, data.classes, mean, self.accelerator.device)
+        except UserError as error:
+            measured.notes.append(f"{label} cannot be compared with: {error}")
+            return
+        name = (str(Path(names[0]).resolve()), key) if len(names) == 1 else (f"{'+'.join(names)} {mean}", key)
+        theirs, _ = self._predict(name, teacher, data, view)
+        measured.teacher_logits = theirs
+        row["teacher_top1"] = metrics.accuracy(theirs, labels)
+        row["agreement"] = metrics.agreement(logits, theirs)
+        row["agreement_top5"] = metrics.agreement(logits, theirs, top=5)
+        row["kl"] = metrics.kl_divergence(theirs, logits)
+        row["only_student_right"], row["only_teacher_right"] = metrics.only_one_right(logits, theirs, labels)
+        if pairs := _tap_pairs(row["config"].get("losses") or [], self.config.taps):
+            try:
+                values = similarity(classifier, teacher, pairs, view, self.config.batch_size, self.accelerator)
+            except TypeError as error:  # the module gives no tensor
+                raise UserError(f"run {measured.name!r}: {error}; choose other taps") from None
+            taps = ({"student": mine, "teacher": other} for mine, other in pairs)
+            row["cka"] = [{**tap, "cka": value} for tap, value in zip(taps, values, strict=True)]
+        params = cost.num_params(teacher)
+        adds = sum(cost.multiply_adds(member, data.image_shape) for member in teacher.members)
+        if row["num_params"] >= params:
+            measured.notes.append(f"{label} is not larger: {row['num_params']:,} against {params:,} parameters")
+        if row["multiply_adds"] >= adds:
+            mine = f"{row['multiply_adds'] / 1e9:.3g} against {adds / 1e9:.3g} billion multiply-adds"
+            measured.notes.append(f"{label} is not more expensive: {mine}")
+
+
+def _scores(logits: Tensor, labels: Tensor, classes: list[str]) -> dict:
+    return {
+        "num_images": len(labels),
+        "top1": metrics.accuracy(logits, labels),
+        "top5": metrics.accuracy(logits, labels, top=5),
+        "nll": metrics.negative_log_likelihood(logits, labels),
+        "brier": metrics.brier_score(logits, labels),
+        "calibration_error": metrics.calibration_error(logits, labels),
+        "reliability": metrics.reliability(logits, labels),
+        "per_class": dict(zip(classes, metrics.per_class_accuracy(logits, labels), strict=True)),
+        "wrong": (~metrics.hits(logits, labels)).nonzero()[:, 0].tolist(),
+    }
+
+
+def _scale(measured: Measured, logits: Tensor, labels: Tensor) -> None:
+    """Add the temperature that is best for validation's logits, and how calibrated the measured ones are with it."""
+    row, temperature = measured.row, metrics.fit_temperature(logits, labels)
+    if temperature is None:
+        right = metrics.accuracy(logits, labels)
+        measured.notes.append(f"{measured.name}: no temperature is best on validation, of which {right:.1f} % is right")
+        return
+    scaled = measured.logits.double() / temperature
+    row["temperature"] = temperature
+    row["nll_scaled"] = metrics.negative_log_likelihood(scaled, measured.labels)
+    row["calibration_error_scaled"] = metrics.calibration_error(scaled, measured.labels)
+
+
+def _identity(row: dict, classes: list[str], view: Split) -> str:
+    """The same for runs that are measured on the same images in the same order."""
+    source = str(Path(row["source"]).resolve()) if Path(row["source"]).exists() else row["source"]
+    parts = [source, row["split"], classes, row["corruption"], row["severity"]]
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    digest.update(view.places.tobytes() + view.labels.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _tap_pairs(losses: list[dict], more: list[str]) -> list[tuple[str, str]]:
+    """The pairs (student's module, teacher's module) that the losses compare, and those of `taps`."""
+    pairs = [tuple(pair.split(":")) for pair in more]
+    for arguments in (loss.get("init_args") or {} for loss in losses):
+        one, other = arguments.get("student_tap"), arguments.get("teacher_tap")
+        pairs += [(one, other)] if one and other else []
+        pairs += zip(arguments.get("student_taps") or [], arguments.get("teacher_taps") or [], strict=False)
+    return list(dict.fromkeys(pairs))
+
+
+_DATA_FIELDS = {f.name for f in dataclasses.fields(DataConfig)}
+
+
+def _match(classifier: Classifier, data: Data, run: str) -> None:
+    if set(classifier.classes) != set(data.classes):
+        other = sorted(set(classifier.classes) ^ set(data.classes))[:5]
+        raise UserError(f"run {run!r} and the data have different classes ({', '.join(other)}, ...)")
+    with torch.no_grad():
+        try:
+            classifier(torch.zeros(1, *data.image_shape, dtype=torch.uint8, device=classifier.preprocess.scale.device))
+        except (RuntimeError, ValueError) as error:
+            shape = "x".join(str(n) for n in data.image_shape)
+            raise UserError(f"run {run!r} does not take the data's images ({shape}): {str(error)[:150]}") from None

@@ -1,0 +1,74 @@
+"""What networks say about all images of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kd.data import Split
+from kd.measure import metrics
+from kd.util.parallel import gather_rows
+
+
+@torch.inference_mode()
+def predict(network: nn.Module, split: Split, batch_size: int, accelerator) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) and labels (N,) of a split, on the CPU, in its order, each image once at any number of processes.
+
+    Args:
+        network: a `Classifier` or a `Teacher`, on the accelerator's device; put in eval mode.
+        accelerator: says which of how many processes this is.
+        batch_size: images at once over all processes.
+    """
+    network.eval()
+    world, device = accelerator.num_processes, accelerator.device
+    logits = [network(images).float() for images in _own_batches(split, batch_size, accelerator)]
+    mine = torch.cat(logits) if logits else torch.zeros(0, len(network.classes), device=device)
+    cuts = _cuts(split, world)
+    counts = [cuts[i + 1] - cuts[i] for i in range(world)]
+    return gather_rows(mine, counts).cpu(), torch.from_numpy(split.labels)
+
+
+@torch.inference_mode()
+def similarity(
+    student: nn.Module, teacher: nn.Module, pairs: Sequence[tuple[str, str]], split: Split, batch_size: int, accelerator
+) -> list[float | None]:
+    """Linear CKA over a split of each pair (student's module, teacher's module), maps averaged over their places.
+
+    Args:
+        student, teacher: a `Classifier` and a `Teacher` of one member, both tapped here.
+
+    Raises:
+        UserError: there is no such module.
+    """
+    student.eval().tap([mine for mine, _ in pairs])
+    teacher.tap([theirs for _, theirs in pairs])
+
+    def features(images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        ours, theirs = student.outputs(images).features, teacher.outputs(images).features
+        return [(metrics.pooled(ours[one]).cpu(), metrics.pooled(theirs[other]).cpu()) for one, other in pairs]
+
+    first = features(split.read(torch.arange(1).numpy(), accelerator.device)[0])
+    sums = [metrics.feature_sums(one[:0], other[:0]) for one, other in first]  # of no images; each process adds its own
+    for images in _own_batches(split, batch_size, accelerator):
+        sums = [total + metrics.feature_sums(*pair) for total, pair in zip(sums, features(images), strict=True)]
+    world = accelerator.num_processes
+    if world > 1:
+        sums = [gather_rows(part[None].to(accelerator.device), [1] * world).sum(0).cpu() for part in sums]
+    return [metrics.linear_cka(total, one.shape[1]) for total, (one, _) in zip(sums, first, strict=True)]
+
+
+def _cuts(split: Split, world: int) -> list[int]:
+    """Where each process's images begin, and the end."""
+    return [len(split) * i // world for i in range(world + 1)]
+
+
+def _own_batches(split: Split, batch_size: int, accelerator) -> Iterator[Tensor]:
+    """This process's images of a split, batch by batch."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    start, end = _cuts(split, world)[rank : rank + 2]
+    size = max(1, batch_size // world)
+    wheres = (torch.arange(first, min(first + size, end)).numpy() for first in range(start, end, size))
+    for images, _labels, _index in split.batches(wheres, accelerator.device):
+        yield images

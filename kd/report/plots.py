@@ -1,0 +1,342 @@
+"""Plots of runs, for a notebook and for the report: each function returns a matplotlib figure.
+
+`runs` are those of `kd.runs("runs/")` or rows of `kd.results("report")["runs"]`. Nothing is told by colour alone: the
+palette (Okabe and Ito's, its light colours darkened) is told apart by the colour-blind and stands out from white and
+from black, and each series has a marker and a line of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import os
+import re
+import warnings
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from kd.measure.compare import group_names, pareto, spread
+from kd.report.tables import class_gains as gains
+from kd.report.tables import shared_folder
+
+INK = "#1b1e23"  # becomes the text's colour on the page, so that the plots are legible in dark mode too
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c46a9c", "#a87a00", "#7f7f7f")
+MARKERS, LINES = "oDs^vX", ("-", "--", "-.", ":")
+MOST_NAMED = 12  # series or points that are named in a plot; with more of them the numbers beneath tell which is which
+MOST_PANELS = 8
+MOST_CLASSES = 20  # of a whole confusion matrix, and of the bars
+_STYLE = {
+    "font.size": 11,
+    "font.sans-serif": ["DejaVu Sans"],
+    "text.parse_math": False,  # a dollar in a name is a dollar
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 6,
+}
+
+
+class Plot(Figure):
+    """A figure that a notebook shows whether or not it has imported pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        return png(self)
+
+
+def _plot(draw):
+    """The function with the plots' style, given a new figure as its first argument."""
+
+    @functools.wraps(draw)
+    def wrapped(*args, **kwargs) -> Plot:
+        with matplotlib.rc_context(_STYLE):
+            figure = Plot(layout="constrained")
+            draw(figure, *args, **kwargs)
+        return figure
+
+    return wrapped
+
+
+def _series(number: int) -> dict:
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": LINES[number % len(LINES)],
+    }
+
+
+def _rows(runs: Iterable) -> list[dict]:
+    """Rows of runs, those that are not finished left out."""
+    rows = [run if isinstance(run, dict) else run.row for run in runs]
+    return [row for row in rows if row is not None]
+
+
+def _groups(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows of one experiment on the same images by a short name."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault((row["experiment"], row["images"]), []).append(row)
+    names = short_names(group_names(list(found.values())))
+    return dict(zip(names, found.values(), strict=True))
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Paths without the folder that they share."""
+    folder = shared_folder(names)
+    return [os.path.relpath(name, folder) for name in names] if folder else names
+
+
+@_plot
+def learning_curves(figure: Plot, runs) -> None:
+    """Validation accuracy and training loss against the epoch, a line for each of `kd.runs`; seeds look alike."""
+    figure.set_size_inches(5.2, 6)
+    runs = [run for run in runs if run.epochs]
+    found: dict[str, list] = {}
+    for run in runs:
+        found.setdefault(run.experiment, []).append(run)
+    names = short_names(group_names([[{"run": run.name} for run in members] for members in found.values()]))
+    panels = (("val/accuracy", "validation accuracy, %"), ("epoch/loss", "training loss (log scale)"))
+    for axes, (key, title) in zip(figure.subplots(2, sharex=True), panels, strict=True):
+        for number, members in enumerate(found.values()):
+            for i, run in enumerate(members):
+                points = [(row["epoch"], row[key]) for row in run.epochs if row.get(key) is not None]
+                style = {**_series(number), "markersize": 4, "markevery": max(1, len(points) // 8)}
+                x, y = zip(*points, strict=True) if points else ((), ())
+                axes.plot(x, y, **style, label=None if i else names[number])
+        axes.set_ylabel(title)
+        axes.grid(alpha=0.3)
+    axes.set_yscale("log")
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(found) <= MOST_NAMED:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=10)
+
+
+@_plot
+def accuracy_against_cost(figure: Plot, runs, cost: str = "multiply_adds") -> None:
+    """Top-1 accuracy against `multiply_adds` or `num_params`, one point a group of seeds, and the Pareto front.
+
+    Bars are one standard deviation over the seeds, of a single run one standard error over its images.
+    """
+    figure.set_size_inches(5.2, 4.2)
+    axes, rows = figure.subplots(), _rows(runs)
+    groups = _groups(rows)
+    points = {name: (spread(row["top1"] for row in group)["mean"], group[0][cost]) for name, group in groups.items()}
+    best = dict(zip(points, pareto(list(points.values())), strict=True))
+    front = sorted((c, a) for name, (a, c) in points.items() if best[name])
+    axes.step(*zip(*front, strict=True), where="post", color=COLOURS[-1], linestyle=":", label="Pareto front")
+    # Where the labels of points of equal cost go, the most accurate first, so that they do not cover each other.
+    sides = (("left", (8, 5)), ("right", (-8, -13)), ("left", (8, -13)), ("right", (-8, 5)))
+    seen: set[str] = set()
+    placed: dict[str, int] = {}
+    for name in sorted(points, key=lambda name: -points[name][0]):
+        accuracy, adds = points[name]
+        kind = "distilled" if groups[name][0]["teacher"] else "trained on labels"
+        style = {"fmt": MARKERS[kind == "distilled"], "color": COLOURS[kind == "distilled"]}
+        place = f"{math.log10(adds):.1f}"
+        number = placed[place] = placed.get(place, -1) + 1
+        x = adds * 1.04**number  # a step aside, so that the bars do not cover each other
+        label = None if kind in seen else kind
+        axes.errorbar(x, accuracy, yerr=error(groups[name]), capsize=3, markersize=8, label=label, **style)
+        seen.add(kind)
+        if len(points) <= MOST_NAMED or best[name]:
+            side, offset = sides[number % len(sides)]
+            axes.annotate(
+                _short(name, 36), (x, accuracy), textcoords="offset points", xytext=offset, ha=side, fontsize=10
+            )
+    costs = [adds for _, adds in points.values()]
+    axes.set_xscale("log")
+    axes.set_xlim(min(costs) / 3, max(costs) * 3)
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.set_minor_formatter("")
+    axes.margins(y=0.25)
+    axes.set_xlabel({"multiply_adds": "multiply-adds an image"}.get(cost, "parameters") + " (log scale)")
+    axes.set_ylabel(f"{rows[0]['split']} accuracy, %")
+    axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=10)
+
+
+def error(rows: list[dict]) -> float:
+    """The bar of a group of runs: the standard deviation over its seeds, of one run the standard error over images."""
+    over = spread(row["top1"] for row in rows)
+    share = over["mean"] / 100
+    return over["std"] if len(rows) > 1 else 100 * math.sqrt(share * (1 - share) / rows[0]["num_images"])
+
+
+@_plot
+def reliability(figure: Plot, rows: list[dict]) -> None:
+    """How often the networks are right against how sure they are, a panel a run, of at most 8 of them.
+
+    Marks on the dashed line would be calibrated; a mark's area is its share of the images.
+    """
+    rows = rows[:MOST_PANELS]
+    columns = min(2, len(rows))
+    figure.set_size_inches(2.6 * columns, 2.75 * math.ceil(len(rows) / columns))
+    names = short_names([row["run"] for row in rows])
+    panels = figure.subplots(math.ceil(len(rows) / columns), columns, sharex=True, sharey=True, squeeze=False)
+    panels = list(panels.flat)
+    for number, (axes, row) in enumerate(zip(panels, rows, strict=False)):
+        bins = [part for part in row["reliability"] if part["count"]]
+        sure, right = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
+        axes.plot([0, 100], [0, 100], color=INK, linestyle="--", linewidth=1)
+        style = _series(number)
+        axes.vlines(sure, sure, right, color=style["color"], linewidth=1)
+        area = [12 + 120 * part["count"] / row["num_images"] for part in bins]
+        axes.scatter(sure, right, s=area, color=style["color"], marker=style["marker"])
+        axes.set_title(f"{names[number]}\nECE {row['calibration_error']:.2f} %", fontsize=10)
+        axes.set_xlim(-3, 103)
+        axes.set_ylim(-3, 103)
+        axes.set_aspect("equal")
+        axes.grid(alpha=0.3)
+    for axes in panels[len(rows) :]:
+        axes.remove()
+    figure.supxlabel("confidence, %", fontsize=11, color=INK)
+    figure.supylabel("accuracy, %", fontsize=11, color=INK)
+
+
+@_plot
+def confusion(figure: Plot, row: dict) -> None:
+    """What a run takes for what: the matrix, or of more than 20 classes the most frequent mistakes."""
+    names, counts = list(row["per_class"]), row["confusion"]
+    if len(names) > MOST_CLASSES:
+        pairs = row["confused"][:MOST_CLASSES][::-1]
+        figure.set_size_inches(5.2, 1 + 0.24 * max(2, len(pairs)))
+        axes = figure.subplots()
+        bars = axes.barh([_pair(pair) for pair in pairs], [pair["count"] for pair in pairs], color=COLOURS[0])
+        axes.bar_label(bars, padding=3, fontsize=9)
+        axes.tick_params(axis="y", labelsize=9)
+        axes.set_xlabel("images")
+        return
+    side = max(3.6, min(6.4, 0.42 * len(names) + 1.2))
+    figure.set_size_inches(side, side)
+    axes = figure.subplots()
+    shares = [[count / max(1, sum(line)) for count in line] for line in counts]
+    axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.invert_yaxis()
+    axes.set_aspect("equal")
+    ticks, labels = [i + 0.5 for i in range(len(names))], [_short(name) for name in names]
+    long = max(map(len, labels)) > 2
+    axes.set_xticks(ticks, labels, rotation=60 if long else 0, ha="right" if long else "center", fontsize=9)
+    axes.set_yticks(ticks, labels, fontsize=9)
+    for i, line in enumerate(counts):
+        for j, count in enumerate(line):
+            if count:
+                colour = "white" if shares[i][j] > 0.5 else "black"
+                axes.text(j + 0.5, i + 0.5, count, ha="center", va="center", fontsize=9, color=colour)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("label")
+
+
+@_plot
+def class_gains(figure: Plot, rows: list[dict], groups: list[dict]) -> None:
+    """What each distilled group gains over its student alone, class by class, in points; the most unlike 20 classes."""
+    found = list(gains(rows, groups).items())[:MOST_PANELS]
+    shown = most_unlike([values for _, values in found])
+    figure.set_size_inches(5.2, 1.4 + 0.3 * len(shown) + 0.12 * len(found))
+    axes = figure.subplots()
+    axes.axvline(0, color=INK, linewidth=1)
+    names = short_names([group["name"] for group in groups])
+    known = dict(zip((group["name"] for group in groups), names, strict=True))
+    for number, (name, values) in enumerate(found):
+        height = [i + (number - (len(found) - 1) / 2) * 0.7 / len(found) for i in range(len(shown))]
+        x = [math.nan if values.get(entry) is None else values[entry] for entry in shown]
+        style = {**_series(number), "linestyle": ""}
+        axes.hlines(height, 0, x, color=style["color"], linewidth=1)
+        axes.plot(x, height, **style, label=known[name])
+    axes.set_yticks(range(len(shown)), [_short(name) for name in shown], fontsize=10)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("gain in accuracy on the class, points")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=10)
+
+
+def most_unlike(columns: list[dict[str, float | None]], most: int = MOST_CLASSES) -> list[str]:
+    """The names under which the columns hold the largest numbers, in the columns' order."""
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    largest = {name: max(abs(column.get(name) or 0) for column in columns) for name in names}
+    chosen = set(sorted(names, key=lambda name: -largest[name])[:most])
+    return [name for name in names if name in chosen]
+
+
+@_plot
+def soft_targets(figure: Plot, image: dict, temperatures: list[float]) -> None:
+    """A teacher's likeliest classes for one image of `kd.results(...)["soft_targets"]`, a panel a temperature."""
+    figure.set_size_inches(1 + 1.05 * len(temperatures), 0.6 + 0.26 * (len(image["classes"]) + 1))
+    labels = [*(_short(name, 14) for name in image["classes"]), "others"]
+    places = range(len(labels))
+    panels = figure.subplots(1, len(temperatures), sharey=True, squeeze=False).flat
+    for axes, temperature, values in zip(panels, temperatures, image["probabilities"], strict=True):
+        bars = axes.barh(places, values, color=COLOURS[0])
+        axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=2, fontsize=10)
+        axes.set_xlim(0, 1.65)  # room for the number beside a bar of 1
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        axes.set_title(f"T = {temperature:g}", fontsize=10, loc="left")
+    panels[0].set_yticks(places, labels, fontsize=10)
+    panels[0].invert_yaxis()
+
+
+def _short(name: str, most: int = 18) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _pair(pair: dict) -> str:
+    return f"{_short(pair['label'])} → {_short(pair['predicted'])}"
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG on white; the same bytes for a figure drawn anew from the same numbers."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # of a name's script that the font lacks
+        figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+_SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+_FONT = "font-family: 'DejaVu Sans', sans-serif; "  # left out, so that the page's font is taken
+
+
+def svg(figure: Figure, key: str, title: str, description: str) -> str:
+    """The figure as SVG to be put into a page: text as text, in the page's colour, named for a screen reader.
+
+    Args:
+        key: in front of the ids in it, which must be the page's only ones.
+        title, description: what a screen reader says in its place.
+    """
+    buffer = io.StringIO()
+    names = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata=names)
+    ET.register_namespace("", _SVG)
+    ET.register_namespace("xlink", _LINK)
+    root = ET.fromstring(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "\ufffd", buffer.getvalue()))
+    for parent in root.findall(f".//{{{_SVG}}}style/..") + root.findall(f".//{{{_SVG}}}metadata/.."):
+        for child in [child for child in parent if child.tag in (f"{{{_SVG}}}style", f"{{{_SVG}}}metadata")]:
+            parent.remove(child)
+    used = set(re.findall(r"(?:url\(|href=.)#([\w-]+)", ET.tostring(root, "unicode")))
+    for element in root.iter():
+        if (identity := element.attrib.pop("id", None)) in used:
+            element.set("id", f"{key}-{identity}")
+        for name, value in element.attrib.items():
+            value = f"#{key}-{value[1:]}" if name.endswith("}href") else value.replace("url(#", f"url(#{key}-")
+            element.set(name, value.replace(INK, "currentColor").replace(_FONT, ""))
+    for tag, text in (("desc", description), ("title", title)):
+        child = ET.Element(f"{{{_SVG}}}{tag}", {"id": f"{key}-{tag}"})
+        child.text = text
+        root.insert(0, child)
+    root.attrib.update({"role": "img", "aria-labelledby": f"{key}-title", "aria-describedby": f"{key}-desc"})
+    root.set("style", "stroke-linejoin: round")
+    return ET.tostring(root, "unicode")

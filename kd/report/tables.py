@@ -1,0 +1,292 @@
+"""What evaluation prints: tables for the eye, JSON and CSV for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from typing import TYPE_CHECKING
+
+from kd.data.corrupt import SEVERITIES
+from kd.measure.compare import spread
+
+if TYPE_CHECKING:  # what measures is slow to import and not needed to show saved numbers
+    from kd.measure.evaluation import Measured
+
+Table = tuple[list[str], list[list[str]]]  # the head and the lines, all text
+WIDTH = 120  # columns that a printed table may have
+
+MOST_DENSE = 100  # classes of a confusion matrix that is kept whole
+MOST_PAIRS = 100  # of the most frequent mistakes
+
+# Title, key in a row, format, and unit.
+COLUMNS = (
+    ("top-1 %", "top1", ".2f", 1),
+    ("top-5 %", "top5", ".2f", 1),
+    ("NLL", "nll", ".4f", 1),
+    ("Brier", "brier", ".4f", 1),
+    ("ECE %", "calibration_error", ".2f", 1),
+    ("agrees %", "agreement", ".2f", 1),
+    ("parameters", "num_params", ",", 1),
+    ("multiply-adds", "multiply_adds", ",", 1),
+    ("MB", "bytes", ".2f", 1e6),
+    ("ms/image", "latency_ms", ".2f", 1),
+)
+SPEED = (
+    ("batch size", "batch_size", "", 1),
+    ("p50 ms", "p50_ms", ".2f", 1),
+    ("p95 ms", "p95_ms", ".2f", 1),
+    ("images/s", "images_per_second", ",.0f", 1),
+    ("peak MB", "peak_memory_bytes", ",.2f", 1e6),
+)
+
+
+def render(results: list[Measured], groups: list[dict], form: str) -> str:
+    """All that is printed: `json` and `csv` hold the numbers of all runs, `table` and `markdown` what fits the eye."""
+    if form == "json":
+        return to_json(content(results, groups)).decode().rstrip()
+    if form == "csv":
+        return to_csv(results, groups).rstrip()
+    markdown, rows = form == "markdown", [result.row for result in results]
+    parts = [caption(rows), aligned(runs_table(rows), markdown)]
+    if len(groups) > 1 or groups[0]["n"] > 1:
+        parts += [aligned(comparison_table(groups), markdown), *against(groups)]
+    if "corruptions" in rows[0]:
+        parts.append(aligned(corruption_table(rows, groups), markdown))
+    if any(row["cka"] for row in rows):
+        parts.append(aligned(cka_table(rows), markdown))
+    classes = aligned(class_table(rows), markdown)
+    if len(rows[0]["per_class"]) <= 20 and (markdown or _width(classes) <= WIDTH):
+        parts.append(classes)
+    return "\n\n".join(parts)
+
+
+def caption(rows: list[dict]) -> str:
+    """Which images these are."""
+    seen = [
+        f"{row['split']} of {row['source']}, {row['num_images']:,} images"
+        + (f", {row['corruption']} of severity {row['severity']}" if row["corruption"] else "")
+        for row in rows
+    ]
+    return "; ".join(dict.fromkeys(seen))
+
+
+def shown(value: float | None, form: str, unit: float = 1) -> str:
+    """A number in a unit as text; a dash where there is none."""
+    return "-" if value is None else format(value if unit == 1 else value / unit, form)
+
+
+def runs_table(rows: list[dict]) -> Table:
+    """One line a run: accuracy, calibration, agreement with its teacher, cost."""
+    body = [[row["run"], *(shown(row[key], form, unit) for _, key, form, unit in COLUMNS)] for row in rows]
+    return ["run", *(title for title, *_ in COLUMNS)], body
+
+
+def comparison_table(groups: list[dict]) -> Table:
+    """One line a group of seeds: accuracy, and what it gains over its baseline."""
+    head = ["runs", "n", "top-1 %", "gain", "95 % interval", "McNemar p", "gap closed %", "Pareto front by"]
+    body = []
+    for group in groups:
+        top1, tests = group["spread"]["top1"], sorted(test["p"] for test in group["mcnemar"] or [])
+        front = [title for key, title in (("multiply_adds", "adds"), ("num_params", "params")) if group["front"][key]]
+        body.append(
+            [
+                group["name"],
+                str(group["n"]),
+                f"{top1['mean']:.2f}" + ("" if top1["std"] is None else f" ± {top1['std']:.2f}"),
+                shown(group["difference"], "+.2f"),
+                "-" if group["interval"] is None else "{:+.2f} to {:+.2f}".format(*group["interval"]),
+                " to ".join(dict.fromkeys(f"{p:.2g}" for p in (tests[0], tests[-1]))) if tests else "-",
+                shown(group["gap_closed"], ".0f"),
+                ", ".join(front) or "-",
+            ]
+        )
+    return head, body
+
+
+def against(groups: list[dict]) -> list[str]:
+    """What the comparison table's gains are over, a sentence or none."""
+    over: dict[str, list[str]] = {}
+    for group in groups:
+        if group["baseline"]:
+            over.setdefault(group["baseline"], []).append(group["name"])
+    parts = [f"over {baseline}: {', '.join(names)}" for baseline, names in over.items()]
+    return [f"Gain {'; '.join(parts)}."] if parts else []
+
+
+def corruption_table(rows: list[dict], groups: list[dict]) -> Table:
+    """Accuracy in percent of each group, the mean of its runs, for each corruption and severity, and the means."""
+    body = []
+    for group in groups:
+        mine = members(rows, group)
+        lines = {
+            name: [_mean(values) for values in zip(*(row["corruptions"][name] for row in mine), strict=True)]
+            for name in mine[0]["corruptions"]
+        }
+        lines["all"] = [_mean(values) for values in zip(*lines.values(), strict=True)]
+        body.append([group["name"], "none", *("-" for _ in SEVERITIES), f"{group['spread']['top1']['mean']:.2f}"])
+        for name, values in lines.items():
+            body.append([group["name"], name, *(f"{value:.2f}" for value in (*values, _mean(values)))])
+    return ["runs", "corruption", *(f"severity {n}" for n in SEVERITIES), "mean"], body
+
+
+def _mean(values) -> float:
+    return sum(values) / len(values)
+
+
+def members(rows: list[dict], group: dict) -> list[dict]:
+    """The rows of a group's runs."""
+    return [row for row in rows if row["run"] in group["runs"]]
+
+
+def cka_table(rows: list[dict]) -> Table:
+    """One line a pair of modules: how alike the student's and the teacher's are."""
+    body = [
+        [row["run"], part["student"], part["teacher"], shown(part["cka"], ".4f")]
+        for row in rows
+        for part in row["cka"] or []
+    ]
+    return ["run", "student's module", "teacher's module", "CKA"], body
+
+
+def speed_table(rows: list[dict]) -> Table:
+    """One line a run and batch size: the time of one batch, images a second, and the memory that it takes."""
+    body = [
+        [row["run"], *(shown(part[key], form, unit) for _, key, form, unit in SPEED)]
+        for row in rows
+        for part in row["speed"] or []
+    ]
+    return ["run", *(title for title, *_ in SPEED)], body
+
+
+def class_table(rows: list[dict]) -> Table:
+    """One line a class: each run's accuracy on it in percent."""
+    body = [[name, *(shown(row["per_class"].get(name), ".1f") for row in rows)] for name in rows[0]["per_class"]]
+    return ["class", *(row["run"] for row in rows)], body
+
+
+def class_accuracy(rows: list[dict], groups: list[dict]) -> dict[str, dict[str, float | None]]:
+    """For each group by name: its accuracy in percent on each class, the mean of its runs."""
+    means = {}
+    for group in groups:
+        mine = members(rows, group)
+        found = {name: spread(row["per_class"][name] for row in mine) for name in mine[0]["per_class"]}
+        means[group["name"]] = {name: over and over["mean"] for name, over in found.items()}
+    return means
+
+
+def class_gains(rows: list[dict], groups: list[dict]) -> dict[str, dict[str, float | None]]:
+    """For each group that has a student alone, by name: what it gains over that on each class, in points."""
+    means = class_accuracy(rows, groups)
+    return {
+        group["name"]: {
+            name: None if None in (value, means[group["alone"]][name]) else value - means[group["alone"]][name]
+            for name, value in means[group["name"]].items()
+        }
+        for group in groups
+        if group["alone"]
+    }
+
+
+def _width(text: str) -> int:
+    return max(len(line) for line in text.splitlines())
+
+
+def shared_folder(names: list[str]) -> str:
+    """The folder that holds all of these paths, empty if none that they name does."""
+    several = len({os.path.isabs(name) for name in names}) > 1
+    return "" if several else os.path.commonpath([os.path.dirname(name) for name in names])
+
+
+def aligned(table: Table, markdown: bool = False) -> str:
+    """A table as text. Where it is too wide and its first column are paths, the folder they share goes above it."""
+    head, body = table
+    text, folder = _align(head, body, markdown), shared_folder([row[0] for row in body])
+    if markdown or not folder or _width(text) <= WIDTH:
+        return text
+    return f"in {folder}:\n" + _align(head, [[os.path.relpath(row[0], folder), *row[1:]] for row in body], markdown)
+
+
+def _align(head: list[str], body: list[list[str]], markdown: bool) -> str:
+    rows = [head, *body]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("| " + " | ".join(cells) + " |" if markdown else "  ".join(cells).rstrip())
+    if markdown:
+        lines.insert(
+            1, "| " + " | ".join("-" * w if i == 0 else "-" * max(1, w - 1) + ":" for i, w in enumerate(widths)) + " |"
+        )
+    return "\n".join(lines)
+
+
+def content(results: list[Measured], groups: list[dict]) -> dict:
+    """`runs`: all numbers of all runs, and notes; `groups`: as `kd.measure.compare.compare` gives them.
+
+    `confusion` (row: label, column: prediction) is None of more than 100 classes; `confused` are the 100 most frequent
+    mistakes. A number that is not finite becomes None.
+    """
+    runs = []
+    for result in results:
+        counts, names = result.confusion, list(result.row["per_class"])
+        wrong = counts.clone().fill_diagonal_(0)
+        most, where = wrong.flatten().sort(descending=True, stable=True)
+        pairs = zip(most[:MOST_PAIRS].tolist(), where[:MOST_PAIRS].tolist(), strict=True)
+        pairs = [(count, *divmod(place, len(names))) for count, place in pairs if count]
+        confused = [{"label": names[i], "predicted": names[j], "count": count} for count, i, j in pairs]
+        confusion = counts.tolist() if len(names) <= MOST_DENSE else None
+        runs.append({**result.row, "confusion": confusion, "confused": confused, "notes": result.notes})
+    return _plain({"runs": runs, "groups": groups})
+
+
+def to_json(content: dict) -> bytes:
+    """The content as JSON."""
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _plain(value):
+    """The value without numbers that are not finite and letters that no file can hold."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_csv(results: list[Measured], groups: list[dict]) -> str:
+    """One line a run: its single numbers, and those of its group, whose columns begin with `group_`."""
+    lines = []
+    for result in results:
+        group = next(group for group in groups if result.name in group["runs"])
+        low, high = group["interval"] or (None, None)
+        top1 = group["spread"]["top1"]
+        keys = ("name", "n", "baseline", "difference", "gain", "gap_closed")
+        whole = {**{key: group[key] for key in keys}, "interval_low": low, "interval_high": high}
+        whole |= {"top1_mean": top1["mean"], "top1_std": top1["std"]}
+        whole |= {f"front_{key}": value for key, value in group["front"].items()}
+        row = {key: value for key, value in result.row.items() if not isinstance(value, dict | list)}
+        row = {key: value for key, value in row.items() if key not in ("speed", "cka")}
+        names = result.row["teacher"] or []
+        row["teacher"] = names if isinstance(names, str) else " ".join(names)
+        row |= {key: len(result.row[key] or []) for key in ("only_student_right", "only_teacher_right") if names}
+        for part in result.row["speed"] or []:
+            size = part["batch_size"]
+            row |= {f"{key}_batch_{size}": part[key] for _, key, *_ in SPEED[1:]}
+        lines.append({**row, **{f"group_{key}": value for key, value in whole.items()}})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def all_notes(results: list[Measured], groups: list[dict]) -> list[str]:
+    """What a reader of the tables should know besides."""
+    return [note for part in (*(r.notes for r in results), *(g["notes"] for g in groups)) for note in part]

@@ -1,0 +1,151 @@
+"""The formats of an export: how each is written, loaded again, and compared with the run's network."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kd.models import Classifier, load_classifier
+from kd.util.errors import UserError
+
+TOLERANCE = 1e-4  # of the largest logit
+NUM_CHECKED = 64  # images
+
+
+def deployed(classifier: Classifier, inside: bool) -> nn.Module:
+    """What is exported: uint8 images to logits where the preprocessing is inside, else prepared images to logits."""
+    parts = [classifier.preprocess, classifier.network] if inside else [classifier.network]
+    return nn.Sequential(*parts).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def check(exported: Callable[[Tensor], Tensor], module: nn.Module, inputs: Tensor, what: str, of: str) -> dict:
+    """Compare an export with PyTorch, in batches of 1, of 3 and of up to 16.
+
+    Raises:
+        UserError: a logit differs by more than TOLERANCE times the largest one.
+    """
+    sizes = [1, 3, *[16] * ((len(inputs) - 4) // 16)] if len(inputs) > 4 else [1]
+    batches = [batch for batch in inputs.split([*sizes, len(inputs) - sum(sizes)]) if len(batch)]
+    expected = torch.cat([module(batch) for batch in batches])
+    said = torch.cat([exported(batch) for batch in batches])
+    difference, largest = (said - expected).abs().max().item(), expected.abs().max().item()
+    if not difference <= TOLERANCE * largest:  # true of a NaN too
+        raise UserError(
+            f"the {what} export says something else than PyTorch: logits differ by {difference:.2g} on {of}, and the "
+            f"largest is {largest:.2g}; nothing was written; try another --to"
+        )
+    return {
+        "images": len(said),
+        "of": of,
+        "largest_difference": difference,
+        "tolerance": TOLERANCE * largest,
+        "same_class": int((said.argmax(1) == expected.argmax(1)).sum()),
+    }
+
+
+def to_onnx(module: nn.Module, example: Tensor, description: dict, file: Path) -> Callable[[Tensor], Tensor]:
+    """Write an ONNX file with any number of `images` in and `logits` out; returns what asks it in ONNX Runtime.
+
+    Args:
+        example: two inputs; the images themselves do not matter.
+        description: kept in the file as `kd`, JSON.
+    """
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    if num_bytes > 1.9e9:
+        raise UserError(f"an ONNX file ends at 2 GB, and these weights have {num_bytes / 1e9:.1f} GB; use --to torch")
+    program = _traced(
+        "ONNX",
+        lambda: torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=({0: "batch"},),
+            input_names=["images"],
+            output_names=["logits"],
+            verbose=False,
+        ),
+    )
+    for node in program.model.graph.all_nodes():  # the exporter notes the lines of code, with their paths here
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+    program.model.metadata_props["kd"] = json.dumps(description)
+    program.save(file)
+    asked = session(file)
+    return lambda images: torch.from_numpy(asked.run(None, {"images": images.numpy()})[0])
+
+
+def session(file: Path):
+    """An ONNX file in ONNX Runtime on the CPU, with as many threads as PyTorch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def require_onnx() -> None:
+    """
+    Raises:
+        UserError: a package that ONNX needs is not installed.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--to onnx needs {', '.join(missing)}; run pip install -r requirements.txt")
+
+
+def to_torch(module: nn.Module, example: Tensor, description: dict, file: Path) -> Callable[[Tensor], Tensor]:
+    """Write a torch.export program (.pt2) that takes any number of images; returns what asks the file."""
+    batch = torch.export.Dim("batch")
+    program = _traced("torch.export", lambda: torch.export.export(module, (example,), dynamic_shapes=({0: batch},)))
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # lines of code, with their paths on this machine
+    torch.export.save(program, file, extra_files={"kd.json": json.dumps(description)})
+    return torch.export.load(file).module()
+
+
+def _traced(what: str, trace: Callable):
+    """What `trace` returns; what the tracers say of their own insides, at length where they fail, is not shown."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            return trace()
+    except Exception as error:  # a network of the user's own can fail in many ways here
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the network cannot be traced for {what}: {type(error).__name__}: {reason}") from None
+    finally:
+        logging.disable(level)
+
+
+def to_folder(run: Path, folder: Path) -> Classifier:
+    """Copy what `kd.load` needs, and load it from there."""
+    for name in ("model.safetensors", "config.json"):
+        shutil.copyfile(run / name, folder / name)
+    return load_classifier(folder)
+
+
+def describe(classifier: Classifier, run: Path, inputs: Tensor, inside: bool) -> dict:
+    """What a program needs to know to use an export, in plain JSON values."""
+    kind, where = ("uint8", "inside") if inside else ("float32", "outside")
+    return {
+        "run": run.resolve().name,
+        "model": classifier.recipe["model"],
+        "weights_sha256": json.loads((run / "config.json").read_text())["sha256"],
+        "input": {"name": "images", "type": kind, "shape": ["batch", *inputs.shape[1:]], "preprocess": where},
+        "output": {"name": "logits", "type": "float32", "shape": ["batch", len(classifier.classes)]},
+        "classes": classifier.classes,
+        "preprocess": classifier.preprocess.view.to_dict(),
+    }

@@ -1,0 +1,77 @@
+"""The images of a run that its export is tried on; noise where its data is not on this disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kd.data import Split, load_data
+from kd.data.split import balanced_order
+from kd.models import Classifier
+from kd.run.config import DataConfig
+from kd.run.parse import read_yaml
+from kd.util.errors import UserError
+
+
+class RunImages:
+    """Images as the run's network takes them, uint8 (N, C, H, W), and their labels in the order of its classes.
+
+    Args:
+        run: the run folder; nothing is downloaded for it.
+        classifier: its network.
+
+    `absent` says why there is only noise; None where the run's images are there.
+    """
+
+    def __init__(self, run: Path, classifier: Classifier):
+        self.classifier, self.view = classifier, classifier.preprocess.view
+        self.data = self.absent = None
+        try:
+            self.data = _open(run, classifier)
+        except UserError as error:
+            self.absent = str(error)
+        size = self.view.source_size or (self.data.image_shape[1:] if self.data else None)
+        if size is None:
+            raise UserError(f"run {str(run)!r} does not say its images' size, and its data is absent: {self.absent}")
+        self.shape = (self.view.channels, *size)
+
+    def some(self, split: str, count: int) -> Tensor:
+        """At most `count` images of a split, of all classes alike, or as many of noise."""
+        if self.data is None:
+            generator = torch.Generator().manual_seed(0)
+            return torch.randint(0, 256, (count, *self.shape), generator=generator, dtype=torch.uint8)
+        part = getattr(self.data, split)
+        return self._read(part, np.sort(balanced_order(part.labels, 0)[:count]))
+
+    def batches(self, split: str, size: int = 64):
+        """All images and labels of a split of the run's data, in batches."""
+        part = getattr(self.data, split)
+        places = [self.classifier.classes.index(name) for name in self.data.classes]
+        for start in range(0, len(part), size):
+            where = np.arange(start, min(start + size, len(part)))
+            yield self._read(part, where), torch.tensor([places[label] for label in part.labels[where]])
+
+    def _read(self, part: Split, where: np.ndarray) -> Tensor:
+        images = part.read(where, torch.device("cpu"))[0]
+        if self.view.channels == 1 and images.shape[1] == 3:  # luminance, as `Preprocess` has it
+            weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+            return (images * weights).sum(1, keepdim=True).round().to(torch.uint8)
+        return images.expand(-1, self.view.channels, -1, -1).contiguous()  # grey is repeated
+
+
+def _open(run: Path, classifier: Classifier):
+    if not (run / "config.yaml").is_file():
+        raise UserError("it has no config.yaml")
+    settings = read_yaml(run / "config.yaml").get("data") or {}
+    known = {field.name for field in dataclasses.fields(DataConfig)}
+    data = load_data(DataConfig(**{name: value for name, value in settings.items() if name in known}), download=False)
+    if set(data.classes) != set(classifier.classes):
+        raise UserError(f"{settings.get('source')} has other classes than the run")
+    size = classifier.preprocess.view.source_size
+    if size is not None and data.image_shape[1:] != size:
+        raise UserError(f"{settings.get('source')} holds images of another size than the run was trained with")
+    return data

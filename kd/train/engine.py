@@ -1,0 +1,152 @@
+"""One optimizer step on all processes: forward, backward, update, and the optimizer's state as whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from kd.outputs import Batch, Outputs
+from kd.train import zero
+from kd.train.checkpoint import load_optimizer_tensors, optimizer_tensors
+from kd.train.distiller import Distiller
+from kd.train.optim import make_optimizer
+from kd.util.parallel import gradient_norm, share_loss_buffers, share_out, whole
+
+
+class Engine:
+    """The step on one process, with DistributedDataParallel or with FSDP2, whichever Accelerate was launched for.
+
+    Attributes:
+        param_groups: the optimizer's.
+        settled: whether `settle` need not be called.
+    """
+
+    def __init__(self, distiller: Distiller, config, accelerator: Accelerator):
+        self.distiller, self.accelerator = distiller, accelerator
+        self.clip_norm = config.optimizer.clip_norm
+        self._prepare(make_optimizer(config.optimizer, distiller, accelerator.device, accelerator.is_fsdp2), config)
+        # DistributedDataParallel itself gives all processes the first one's buffers
+        self._share_buffers = accelerator.num_processes > 1 and not isinstance(self.model, DistributedDataParallel)
+        self.settled = not isinstance(self.model, DistributedDataParallel)
+
+    def _prepare(self, optimizer: torch.optim.Optimizer, config) -> None:
+        self.model, prepared = self.accelerator.prepare(self.distiller, optimizer)
+        # Accelerate's wrapper looks for packages at each step; only a scaler of gradients needs it.
+        self._optimizer = prepared if self.accelerator.scaler is not None else prepared.optimizer
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self._optimizer.param_groups
+
+    def forward_backward(self, batch: Batch, teacher: Outputs | None, share: float, last: bool) -> dict[str, Tensor]:
+        """The terms of a micro-batch; their gradients are added to those of the step's micro-batches before.
+
+        Args:
+            share: weighs the mean over these images so that all together are the mean over the global batch.
+            last: whether the step has no further one: gradients are averaged over the processes once a step.
+        """
+        if self._share_buffers:
+            share_loss_buffers(self.distiller.losses.values())
+        with self._accumulating(last):
+            with self.accelerator.autocast():  # Accelerate's own wrapper does this too, but not under FSDP2
+                terms = self.model(batch, teacher)
+            loss = sum(terms.values())
+            self._backward(loss if share == 1 else loss * share)
+        return terms
+
+    def _accumulating(self, last: bool):
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def _backward(self, loss: Tensor) -> None:
+        if self.accelerator.scaler is None:
+            loss.backward()
+        else:
+            self.accelerator.backward(loss)
+
+    def settle(self, forward_backward: Callable[[], object]) -> None:
+        """Before the first step of a start: let DistributedDataParallel choose its buckets as in all later steps.
+
+        It starts with one bucket of all gradients and, after the first backward, has several in the order in which
+        gradients come. Three or more summands are rounded according to their place in a bucket, so the first step
+        after a restart would differ in the last bits from the same step of a run that was not stopped.
+
+        Args:
+            forward_backward: that of a batch; its gradients are dropped, and buffers are put back.
+        """
+        before = [(buffer, buffer.clone()) for buffer in self.distiller.buffers()]
+        forward_backward()
+        self._optimizer.zero_grad()
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+        self.settled = True
+
+    def update(self, wants_norm: bool) -> Tensor | None:
+        """Clip the gradients, step, drop them. Returns their norm, where it is wanted: a scalar on the device."""
+        norm = None
+        if self.clip_norm is not None:
+            norm = self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.clip_norm)
+        elif wants_norm:
+            norm = gradient_norm(self.distiller, self.accelerator)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All that is learned and the optimizer's state, by file and name, whole; on the main process alone.
+
+        All processes must ask.
+        """
+        named = {"distiller": self.distiller.state_dict(), "optimizer": self._optimizer_tensors()}
+        return {name: whole(part, keep=self.accelerator.is_main_process) for name, part in named.items()}
+
+    def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Go on from what `tensors` gave, on this or another number of processes and by this or another engine."""
+        own = self.distiller.state_dict()
+        saved = {name: share_out(value, own.get(name, value)) for name, value in tensors["distiller"].items()}
+        self.distiller.load_state_dict(saved)
+        self._load_optimizer_tensors(tensors["optimizer"])
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        return optimizer_tensors(self._optimizer)
+
+    def _load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
+        load_optimizer_tensors(self._optimizer, tensors)
+
+
+class ZeroEngine(Engine):
+    """The step with DeepSpeed's ZeRO: each process keeps and updates a part of the optimizer's state.
+
+    ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, https://arxiv.org/abs/1910.02054.
+    """
+
+    def _prepare(self, optimizer: torch.optim.Optimizer, config) -> None:
+        self.model, self._optimizer = zero.initialize(self.distiller, optimizer, config, self.accelerator)
+
+    def _accumulating(self, last: bool):
+        self.model.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def _backward(self, loss: Tensor) -> None:
+        self.model.backward(loss)
+
+    def update(self, wants_norm: bool) -> Tensor | None:
+        self.model.step()  # clips, as it was told to at the start
+        norm = self.model.get_global_grad_norm()
+        return torch.as_tensor(norm) if wants_norm or self.clip_norm is not None else None
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        return zero.optimizer_tensors(self._optimizer)
+
+    def _load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
+        zero.load_optimizer_tensors(self._optimizer, tensors)
+
+
+def make_engine(distiller: Distiller, config, accelerator: Accelerator) -> Engine:
+    """The engine that the launcher asked for."""
+    return (ZeroEngine if zero.wanted(accelerator.num_processes) else Engine)(distiller, config, accelerator)

@@ -1,0 +1,104 @@
+"""What the loop measures of itself: terms on the device, read once a log interval; the first step that went wrong."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from kd.util.errors import UserError
+from kd.util.machine import peak_memory_mb
+from kd.util.parallel import is_shared_out
+
+
+class Meter:
+    """Means of the loss terms, which are read once a log interval; remembers the first step that was not finite."""
+
+    def __init__(self, names: list[str], device: torch.device, sums: dict, is_main: bool):
+        self.names = [*names, "loss"]
+        self._device = device
+        self._kept: list[tuple[list[Tensor], int, int]] = []  # terms, images, step
+        self._sums = dict.fromkeys((*self.names, "images"), 0.0)
+        self._bad = -1
+        self._epoch = dict(sums.get("epoch", {}))
+        self._interval_start, self._epoch_images, self._epoch_start = time.perf_counter(), 0.0, time.perf_counter()
+        if "interval" in sums and is_main:
+            self._sums = {name: sums["interval"][name] for name in self._sums}
+
+    def add(self, terms: dict[str, Tensor], num_images: int, step: int) -> None:
+        """Keep a step's terms; nothing is computed or read yet, so that a step costs next to nothing."""
+        self._kept.append(([term.detach() for term in terms.values()], num_images, step))
+
+    def _read(self) -> None:
+        """Add what was kept to the sums, one step after another: where it is read must not change a bit of them."""
+        if not self._kept:
+            return
+        values = torch.stack([torch.stack(terms) for terms, _, _ in self._kept]).tolist()
+        for row, (_, num_images, step) in zip(values, self._kept, strict=True):
+            row.append(sum(row))
+            if self._bad < 0 and not math.isfinite(row[-1]):
+                self._bad = step + 1
+            if num_images:
+                for name, value in zip(self.names, row, strict=True):
+                    self._sums[name] += value * num_images
+                self._sums["images"] += num_images
+        self._kept.clear()
+
+    def _summed(self, accelerator) -> dict[str, float]:
+        """The open sums over all processes."""
+        self._read()
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64
+        mine = torch.tensor(list(self._sums.values()), dtype=dtype, device=self._device)
+        return dict(zip(self._sums, accelerator.reduce(mine, "sum").tolist(), strict=True))
+
+    def check(self, accelerator, lr: float, saved_step: int | None) -> None:
+        """Raise a UserError, on all processes, if any step since the start was not finite on any of them."""
+        self._read()
+        steps = accelerator.gather(torch.tensor([self._bad], device=self._device)).tolist()
+        if (first := min((step for step in steps if step >= 0), default=None)) is not None:
+            where = [str(process) for process, step in enumerate(steps) if step == first]
+            some = f" on process {', '.join(where)} of {len(steps)}" if len(where) < len(steps) else ""
+            raise not_finite("the loss is", first, lr, saved_step, some)
+
+    def state(self, accelerator) -> dict:
+        """The open sums over all processes, for the checkpoint."""
+        return {"interval": self._summed(accelerator), "epoch": self._epoch}
+
+    def flush(self, accelerator, lr: float, saved_step: int | None, norm: Tensor) -> dict[str, float | None]:
+        """The terms' means over the interval's images, over all processes; starts the next interval.
+
+        With them the norm of the last step's gradient, None where fp16 has overflowed, and the memory held at most.
+        """
+        self.check(accelerator, lr, saved_step)
+        sums = self._summed(accelerator)
+        images = sums["images"]
+        for name, value in sums.items():
+            self._epoch[name] = self._epoch.get(name, 0.0) + value
+        now = time.perf_counter()
+        row = {f"train/{name}": sums[name] / images for name in self.names}
+        norm = (norm.full_tensor() if is_shared_out(norm) else norm).item()
+        row["gradient_norm"] = norm if math.isfinite(norm) else None
+        row["images_per_second"] = images / (now - self._interval_start)
+        row["peak_memory_mb"] = peak_memory_mb(self._device)
+        self._epoch_images += images
+        self._interval_start = now
+        self._sums = dict.fromkeys(self._sums, 0.0)
+        return row
+
+    def end_epoch(self) -> dict[str, float]:
+        """The terms' means over the epoch's images; the speed is that since the epoch's start or the last restart."""
+        row = {f"epoch/{name}": self._epoch[name] / self._epoch["images"] for name in self.names}
+        now = time.perf_counter()
+        row["epoch/images_per_second"] = self._epoch_images / (now - self._epoch_start)
+        self._epoch, self._epoch_images = {}, 0.0
+        self._epoch_start = self._interval_start = now
+        return row
+
+
+def not_finite(what: str, step: int, lr: float, saved_step: int | None, where: str = "") -> UserError:
+    """The error for a loss or weights that are not finite; says which checkpoint is kept."""
+    kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "there is no checkpoint yet"
+    remedy = f"lower --optimizer.lr (it is {lr:g}) or set --optimizer.clip_norm"
+    return UserError(f"{what} not finite at step {step}{where}; {remedy}; {kept}")

@@ -1,0 +1,300 @@
+"""What both training scripts do before the loop: the accelerator, and the network that is trained."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import warnings
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._triton import has_triton
+
+from kd.data import Data, Views
+from kd.models import Classifier, View, build_classifier, load_classifier, reuse_head
+from kd.run.folder import Run
+from kd.teachers import Teacher
+from kd.track import tracker_arguments
+from kd.train import zero
+from kd.train.distiller import Distiller
+from kd.util.errors import UserError, say
+from kd.util.machine import end_with_parent, share_of_cores
+
+
+def make_accelerator(config) -> Accelerator:
+    """The accelerator of this process.
+
+    Raises:
+        UserError: the global batch size cannot be shared by the processes, or the launcher asks for an engine whose
+            state could not be saved whole.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.data.batch_size % world:
+        near = max(world, round(config.data.batch_size / world) * world)
+        raise UserError(
+            f"data.batch_size {config.data.batch_size} is not divisible by the {world} processes; "
+            f"it is the global size, use for example {near}"
+        )
+    stop_with_launcher()
+    set_threads(config.num_threads)
+    keep_freed_memory()
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    # 1x1 convolutions of channels_last images: a copy of a few numbers, nothing a user could do about
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # the millisecond because Accelerate does not hand on what equals NCCL's default, and gloo's is 30 minutes
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=config.peer_timeout, milliseconds=1))
+    plugin, precision = _sharding(), _precision(config.mixed_precision)
+    if zero.wanted(world):
+        zero.check(config, precision, on_cpu())
+    with zero.hidden():
+        accelerator = Accelerator(
+            cpu=on_cpu(),
+            mixed_precision=precision,
+            fsdp_plugin=plugin,
+            kwargs_handlers=[patience],
+            **tracker_arguments(config, config.output_dir),
+        )
+    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # On a CPU Accelerate would take DistributedDataParallel instead without a word. Its state has two places.
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+
+def _sharding() -> FullyShardedDataParallelPlugin | None:
+    """FSDP2, where the launcher asks for it; see `accelerate_configs/fsdp2.yaml`."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("FSDP version 1 is not supported; set fsdp_version: 2, see accelerate_configs/fsdp2.yaml")
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    # Half precision comes from autocast alone, as without sharding; Accelerate's policy would put the losses in it too.
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
+
+
+def _launched() -> bool:
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def stop_with_launcher() -> None:
+    """Let this process have SIGTERM when the launcher that started it dies, whatever of: then it saves and stops.
+
+    Launchers pass on SIGTERM and SIGINT at most; killed by anything else they leave the processes behind, training on
+    without a terminal. Linux only.
+    """
+    if _launched():
+        end_with_parent()
+
+
+def set_threads(asked: int | None = None) -> None:
+    """Use all cores of the CPU, shared by this machine's processes, unless the user said otherwise.
+
+    Without a config file `accelerate launch` sets OMP_NUM_THREADS to 1, and so does torchrun: on a laptop most of the
+    CPU would idle. A number of the user's own, other than 1, is kept.
+    """
+    if asked is None and _launched() and on_cpu() and os.environ.get("OMP_NUM_THREADS") == "1":
+        asked = share_of_cores()
+    if asked is not None:
+        torch.set_num_threads(asked)
+
+
+def keep_freed_memory() -> None:
+    """On a CPU, let the C library keep freed memory for the next step instead of giving it back to the system.
+
+    Each step allocates the same large tensors; glibc maps and unmaps those above 32 MB each time, and the kernel clears
+    every page again. Where the library is another one nothing happens.
+    """
+    if not on_cpu() or platform.libc_ver()[0] != "glibc":
+        return
+    mmap_max, trim_threshold = -4, -1  # names of malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def on_cpu() -> bool:
+    """Whether to compute on the CPU: the launcher said so, or there is nothing else.
+
+    Without being told, Accelerate starts no process group on a CPU under the torchrun launcher.
+    """
+    told = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+    return told or not torch.accelerator.is_available()
+
+
+def _precision(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if told in ("bf16", "fp16"):
+        return told
+    return "bf16" if not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def open_run(config, accelerator: Accelerator) -> Run:
+    """The run folder, opened by the main process before any other looks into it; see `Run` for the errors."""
+    run = Run(config.output_dir, config.resolved, config.overwrite, accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    return run
+
+
+def build_trained(name: str, data: Data, config) -> Classifier:
+    """The network to train, with its first weights: equal for equal seed, name and arguments.
+
+    Raises:
+        UserError: unknown names, weights that do not fit, images of the wrong size.
+    """
+    settings = config.data
+    view = View(settings.resize, settings.crop, settings.channels, settings.mean, settings.std, data.image_shape[1:])
+    torch.manual_seed(config.seed)
+    classifier = build_classifier(name, data.classes, view, config.model_args, config.weights, config.freeze_backbone)
+    if config.init_from:
+        first = load_classifier(config.init_from)
+        if first.classes != data.classes:
+            raise UserError(f"init_from {config.init_from!r} has other classes than the data, or in another order")
+        try:
+            classifier.network.load_state_dict(first.network.state_dict())
+        except RuntimeError:
+            raise UserError(
+                f"init_from {config.init_from!r} holds a {first.recipe['model']} with {first.recipe['model_args']}, "
+                f"which does not fit {name} with {config.model_args}"
+            ) from None
+    check_images(classifier, data, name)
+    return classifier
+
+
+def build_student(data: Data, config, teacher: Teacher) -> Classifier:
+    """The student to train, with the teacher's head behind it where `config.reuse_head` says so.
+
+    `config.weights` and `config.init_from` are the student's own first weights, as it was before.
+
+    Raises:
+        UserError: as `build_trained` and `reuse_head`.
+    """
+    student = build_trained(config.student, data, config)
+    if not config.reuse_head:
+        return student
+    torch.manual_seed(config.seed)
+    return reuse_head(student, teacher.members[0], data.image_shape, config.reuse_tap)
+
+
+def choose_batch_norm(distiller: Distiller, config, accelerator: Accelerator) -> None:
+    """Let batch norm see what `config.sync_batch_norm` says, and say it where it is not all of the global batch.
+
+    Raises:
+        UserError: it is to be synchronised on a CPU.
+    """
+    layers = [module for module in distiller.modules() if isinstance(module, _BatchNorm) and module.training]
+    world, several = accelerator.num_processes, accelerator.num_processes > 1
+    if not layers or not (several or config.accumulate > 1):
+        return
+    if several and config.sync_batch_norm:
+        if accelerator.device.type == "cpu":
+            raise UserError(
+                "sync_batch_norm true: torch's SyncBatchNorm runs on GPUs only; set it to false (each process "
+                "normalises with its own images), or use one process"
+            )
+        for layer in layers:  # not torch's convert_sync_batchnorm: its new modules lose their hooks, which are the taps
+            layer.__class__, layer.process_group = nn.SyncBatchNorm, None
+    images = -(-config.data.batch_size // (world * config.accumulate))
+    at_a_time = f"{images} images at a time" if config.accumulate > 1 else f"{images} images"
+    if not several:
+        say(f"batch norm: over {at_a_time}")
+    elif config.sync_batch_norm:
+        say(f"batch norm: synchronised, over the {world} processes' {at_a_time}")
+    else:
+        say(f"batch norm: local, over each process's own {at_a_time} (--sync_batch_norm true on GPUs)")
+
+
+def compile_step(distiller: Distiller, config, accelerator: Accelerator, backend="inductor") -> None:
+    """Compile the student and the losses as one, where `config.compile` says so; evaluation uses the student as it is.
+
+    Every size of batch has a graph of its own. Had it one for all sizes, which graph a step uses would depend on the
+    steps before it, and a run that was resumed would round otherwise than one that was not.
+
+    Raises:
+        UserError: there is no compiler here, or the weights are shared out.
+    """
+    if config.compile is not True:
+        return
+    remedy = "install one, or set compile to false"
+    if accelerator.is_fsdp2:
+        raise UserError("compile true does not work with FSDP2; set it to false, or use DistributedDataParallel")
+    if accelerator.device.type == "cpu":
+        from torch._inductor import cpp_builder, exc
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler:
+            raise UserError(
+                f"compile true needs a C++ compiler and finds none ($CXX, g++, clang++); {remedy}"
+            ) from None
+    elif not has_triton():
+        raise UserError(f"compile true needs Triton for {accelerator.device.type} and finds none; {remedy}")
+    torch._inductor.config.deterministic = config.deterministic
+    torch._dynamo.config.recompile_limit = 64  # sizes of batch by branches of losses that look at the epoch
+    torch.compiler.config.dynamic_sources = r".*\.epoch"
+    distiller.compile(backend=backend, dynamic=False)
+    say("compiled: student and losses; the first step of each size of batch waits for it")
+
+
+@torch.no_grad()
+def check_images(classifier: Classifier, data: Data, name: str) -> None:
+    """Try one blank image.
+
+    Raises:
+        UserError: the network does not take images of the data's size.
+    """
+    image = torch.zeros(1, *data.image_shape, dtype=torch.uint8)
+    remedy = "set data.resize and data.crop"
+    try:
+        prepared = classifier.preprocess(image)
+        wanted = getattr(classifier.network, "image_size", None)
+        size = "x".join(str(n) for n in prepared.shape[2:])
+        if isinstance(wanted, int) and prepared.shape[2:] != (wanted, wanted):
+            square = prepared.shape[2] == prepared.shape[3]
+            remedy = f"set --data.resize {wanted}" + ("" if square else f" --data.crop {wanted}")
+            raise UserError(f"{name} takes images of {wanted}x{wanted} and gets {size}; {remedy}")
+        was_training = classifier.training
+        logits = classifier.eval()(image)
+        classifier.train(was_training)
+    except (RuntimeError, ValueError) as error:
+        shape = "x".join(str(n) for n in data.image_shape)
+        raise UserError(f"{name} does not take the data's images ({shape}): {str(error)[:200]}; {remedy}") from None
+    if logits.shape != (1, len(data.classes)):
+        raise UserError(
+            f"{name} gives outputs of shape {tuple(logits.shape)} for one image; expected (1, {len(data.classes)})"
+        )
+
+
+def announce(distiller: Distiller, data: Data, config, accelerator: Accelerator) -> None:
+    """Say in a few lines what will be trained on what."""
+    classifier = distiller.student
+    trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in classifier.parameters())
+    frozen = f", {total - trained:,} of them frozen" if trained < total else ""
+    val = f"{len(data.val)} validation" if data.val else "no validation"
+    counts = f"{len(data.train)} train, {val}, {len(data.test)} test images, {len(data.classes)} classes"
+    say(f"data: {config.data.source}: {counts}")
+    if not (views := Views.of(config.data)).plain:
+        say(f"views: {views.words()}")
+    say(f"network: {classifier.recipe['model']}, {total:,} parameters{frozen}")
+    say(f"objective: {distiller.objective()}")
+    world, batch = accelerator.num_processes, config.data.batch_size
+    shares = f"batch {batch} = {world} x {batch // world}"
+    threads = f" with {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
+    parts = f", weights in {world} parts (FSDP2)" if accelerator.is_fsdp2 else ""
+    if zero.wanted(world):
+        parts = f", optimizer state in {world} parts (DeepSpeed)"
+    say(f"on {accelerator.device.type}{threads}, precision {accelerator.mixed_precision}, {shares}{parts}")
+    left_to_us = config.mixed_precision == "auto" and accelerator.mixed_precision == "no"
+    if left_to_us and accelerator.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        say("this CPU has bf16 instructions: --mixed_precision bf16 is faster for many networks, see docs/step.md")

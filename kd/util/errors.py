@@ -1,0 +1,150 @@
+"""What a user can do wrong ends in one clear line and an exit status that is not 0."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: the message names the bad value, the known ones and the remedy."""
+
+
+def unknown(what: str, value: object, known: Iterable[str], remedy: str = "") -> UserError:
+    """The error for a name that is not among the known ones, with the nearest of them if one is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.6)
+    guess = f" (did you mean {near[0]!r}?)" if near else ""
+    return UserError(f"unknown {what} {value!r}{guess}; known: {', '.join(known)}{'; ' + remedy if remedy else ''}")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The flags of a `python -m kd...` command, in full words; a mistake is one line, as everywhere."""
+
+    def __init__(self, **arguments):
+        super().__init__(allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help explains each")
+
+
+def is_main_process() -> bool:
+    """True in the process that may print; known from the launcher's environment before anything is set up."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(message: str) -> None:
+    """Print a line on the main process, at once."""
+    if is_main_process():
+        print(message, flush=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in an error of writing: the system does so only where it is opened."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+# What a disk or a path can do to any write, wherever it happens.
+_DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+)
+
+
+class _Stopped(BaseException):
+    """SIGTERM or SIGUSR1 outside the training loop, which handles them itself."""
+
+
+def _stop(number: int, _frame) -> None:
+    for each in (signal.SIGTERM, signal.SIGUSR1):  # once is enough; a launcher and a batch system may both send it
+        signal.signal(each, signal.SIG_IGN)
+    raise _Stopped(number)
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and turn what a user can cause into one line on stderr and an exit status.
+
+    The status is `main`'s own (None is 0), 2 for a UserError, 1 for a full or broken disk, 128 + the signal's number
+    when a signal ended it (130 for Ctrl-C).
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop)
+    try:
+        status = main() or 0
+    except UserError as error:
+        status = _fail(str(error), 2)
+    except (KeyboardInterrupt, _Stopped) as stopped:
+        number = stopped.args[0] if isinstance(stopped, _Stopped) else signal.SIGINT
+        name = signal.Signals(number).name
+        status = _fail(f"stopped by {name}; the same command goes on from the last checkpoint", 128 + number)
+    except RuntimeError as error:
+        message = _lost_worker(error) or _lost_contact(error)
+        if message is None:
+            raise
+        status = _fail(message, 1, speak=True) if message else 1
+    except BrokenPipeError:  # `python evaluate.py ... | head` is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        place = f": {error.filename}" if error.filename else ""
+        status = _fail(f"{os.strerror(error.errno).lower()}{place}; free or change it and run the same command", 1)
+    finally:
+        # While Python ends it puts the default in place of every handler, and the signal would kill; "ignore" stays.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    sys.exit(status)
+
+
+def _lost_worker(error: RuntimeError) -> str | None:
+    """In words what torch's loader raises when one of its processes is gone."""
+    if "DataLoader worker" not in str(error):
+        return None
+    return (
+        "a process that decodes images was killed, mostly for lack of memory or, in a container, of shared memory; "
+        "lower data.num_workers or data.batch_size; the same command goes on from the last checkpoint"
+    )
+
+
+def _lost_contact(error: RuntimeError) -> str | None:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # the launcher ends all when one dies: first say which
+        signal.signal(number, signal.SIG_IGN)
+    from kd.util.parallel import lost_contact
+
+    return lost_contact(error)
+
+
+def _fail(message: str, status: int, speak: bool = False) -> int:
+    rank = os.environ.get("RANK", "0")
+    if not (is_main_process() or speak):
+        # The main process mostly has the same error, and the launcher ends all when one fails: let it speak first.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    who = "" if is_main_process() else f" on process {rank}"
+    print(f"error{who}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return status

@@ -1,0 +1,284 @@
+"""evaluate.py: the numbers of a run, the comparison with its teacher, the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+
+import pytest
+import torch
+from conftest import write_image
+
+import kd
+from kd.data import load_data
+from kd.data.corrupt import STRENGTHS, corrupt
+from kd.measure import metrics
+from kd.run.config import DataConfig
+
+
+@pytest.fixture
+def student_run(call, teacher_run, tmp_path):
+    """A student that is larger than its teacher in multiply-adds and in parameters."""
+    command = (
+        "--config",
+        "recipes/digits/kd.yaml",
+        "--student",
+        "light_nn",
+        "--data.resize",
+        32,
+        "--data.num_train",
+        200,
+    )
+    command = (*command, "--epochs", 2, "--teacher", teacher_run, "--output_dir", tmp_path / "student")
+    result = call("distill", *command)
+    assert result.status == 0, result.err
+    return tmp_path / "student"
+
+
+def test_numbers_are_those_of_the_network_on_the_test_split(call, teacher_run, student_run, tmp_path):
+    result = call("evaluate", teacher_run, student_run, "--json", tmp_path / "r.json", "--report", tmp_path / "report")
+    assert result.status == 0, result.err
+    assert "top-1 %" in result.out
+    teacher, student = json.loads((tmp_path / "r.json").read_text())["runs"]
+    data = load_data(DataConfig(source="digits", num_train=200))
+    images = torch.from_numpy(data.test.store.images[data.test.places])
+    labels = torch.from_numpy(data.test.labels)
+    val = torch.from_numpy(data.val.store.images[data.val.places])
+    said = []
+    for run, row in ((teacher_run, teacher), (student_run, student)):
+        network = kd.load(run)
+        with torch.no_grad():
+            logits = network(images)
+        said.append(logits)
+        summary = json.loads((run / "summary.json").read_text())
+        assert row["top1"] == summary["test_accuracy"] == pytest.approx(metrics.accuracy(logits, labels))
+        assert row["top5"] == pytest.approx(metrics.accuracy(logits, labels, 5))
+        assert row["nll"] == pytest.approx(metrics.negative_log_likelihood(logits, labels), rel=1e-5)
+        assert row["brier"] == pytest.approx(metrics.brier_score(logits, labels), rel=1e-5)
+        assert row["calibration_error"] == pytest.approx(metrics.calibration_error(logits, labels), abs=1e-3)
+        assert [part["count"] for part in row["reliability"]] == [
+            part["count"] for part in metrics.reliability(logits, labels)
+        ]
+        assert row["wrong"] == [i for i in range(359) if logits[i].argmax() != labels[i]]
+        with torch.no_grad():
+            temperature = metrics.fit_temperature(network(val), torch.from_numpy(data.val.labels))
+        assert row["temperature"] == pytest.approx(temperature, rel=1e-4)
+        scaled = logits.double() / temperature
+        assert row["nll_scaled"] == pytest.approx(metrics.negative_log_likelihood(scaled, labels), rel=1e-4)
+        assert row["nll_scaled"] < row["nll"]
+        assert row["calibration_error_scaled"] == pytest.approx(metrics.calibration_error(scaled, labels), abs=0.2)
+        assert list(row["per_class"].values()) == pytest.approx(metrics.per_class_accuracy(logits, labels))
+        assert row["confusion"] == metrics.confusion_matrix(logits, labels).tolist()
+        assert row["num_images"] == 359
+        assert row["bytes"] == (run / "model.safetensors").stat().st_size
+        assert row["latency_ms"] == row["speed"][0]["p50_ms"] > 0
+        assert [part["batch_size"] for part in row["speed"]] == [1, 8, 64]
+        for part in row["speed"]:
+            assert part["p50_ms"] <= part["p95_ms"]
+            assert part["images_per_second"] > 0
+            assert part["peak_memory_bytes"] > 4 * row["num_params"]
+    assert teacher["agreement"] is None
+    assert student["agreement"] == pytest.approx(metrics.agreement(said[1], said[0]))
+    assert student["agreement_top5"] == pytest.approx(metrics.agreement(said[1], said[0], top=5))
+    assert student["teacher_top1"] == teacher["top1"]
+    assert student["kl"] == pytest.approx(metrics.kl_divergence(*said), rel=1e-4)
+    only = metrics.only_one_right(said[1], said[0], labels)
+    assert (student["only_student_right"], student["only_teacher_right"]) == only
+    assert set(student["wrong"]) - set(teacher["wrong"]) == set(only[1])
+    assert (teacher["num_params"], student["num_params"]) == (221_962, 267_738)
+    # light_nn on 32x32 has 5.0 against the teacher's 4.1 million multiply-adds: both notes are due
+    assert sum("is not larger: 267,738 against 221,962 parameters" in note for note in student["notes"]) == 1
+    assert len(student["notes"]) == (2 if student["multiply_adds"] >= teacher["multiply_adds"] else 1)
+    assert all(f"note: {note}" in result.err for note in student["notes"])
+    report = tmp_path / "report"
+    names = {"index.html", "report.md", "results.json", "accuracy_vs_cost.png"}
+    assert {path.name for path in report.iterdir()} == names
+    assert (report / "accuracy_vs_cost.png").read_bytes()[:4] == b"\x89PNG"
+    assert "(accuracy_vs_cost.png)" in (report / "report.md").read_text()
+    content = json.loads((report / "results.json").read_text())
+    assert content["runs"] == [teacher, student]
+    differing = (said[0].argmax(1) != said[1].argmax(1)).sum().item()
+    assert sum(content["differences"][0]["counts"].values()) == differing
+    page = (report / "index.html").read_text()
+    for row in (teacher, student):
+        cells = (f"{row['top1']:.2f}", f"{row['nll']:.4f}", f"{row['num_params']:,}", f"{row['multiply_adds']:,}")
+        assert all(f"<td>{cell}</td>" in page for cell in cells)
+    assert all(f'<section id="{key}"' in page for key in ("cost", "curves", "reliability", "confusion", "differences"))
+
+
+def test_a_student_whose_teacher_is_gone_is_measured_without_it(call, student_run, tmp_path):
+    config = student_run / "config.yaml"
+    config.write_text(config.read_text().replace("teacher: ", "teacher: gone/"))
+    result = call("evaluate", student_run, "--json", tmp_path / "r.json", "--latency", "false")
+    assert result.status == 0
+    row = json.loads((tmp_path / "r.json").read_text())["runs"][0]
+    assert row["agreement"] is None
+    assert "cannot be compared with" in row["notes"][0]
+
+
+def test_validation_split_and_other_images(call, teacher_run, tmp_path):
+    call("evaluate", teacher_run, "--split", "val", "--json", tmp_path / "val.json", "--latency", "false")
+    row = json.loads((tmp_path / "val.json").read_text())["runs"][0]
+    assert row["num_images"] == 143
+    assert row["top1"] == json.loads((teacher_run / "summary.json").read_text())["val_accuracy"]
+    for split in ("train", "test"):
+        for digit in range(10):
+            write_image(tmp_path / "own" / split / str(digit) / "a.png", (25 * digit,) * 3, size=(8, 8))
+    result = call(
+        "evaluate", teacher_run, "--source", tmp_path / "own", "--json", tmp_path / "own.json", "--latency", "false"
+    )
+    assert result.status == 0, result.err
+    assert json.loads((tmp_path / "own.json").read_text())["runs"][0]["num_images"] == 10
+
+
+def test_classes_are_matched_by_name(call, teacher_run, tmp_path):
+    for digit in range(9):
+        for split in ("train", "test"):
+            write_image(tmp_path / "nine" / split / str(digit) / "a.png", (25 * digit,) * 3, size=(8, 8))
+    result = call("evaluate", teacher_run, "--source", tmp_path / "nine")
+    assert result.status == 2
+    assert "different classes (9, ...)" in result.err
+
+
+def test_seeds_are_compared_with_the_student_alone(call, teacher_run, runs, tmp_path):
+    result = call("evaluate", teacher_run, *runs, "--latency", "false", "--format", "json")
+    assert result.status == 0, result.err
+    content = json.loads(result.out)
+    teacher, alone, kd = content["groups"]
+    assert [group["n"] for group in (teacher, alone, kd)] == [1, 2, 2]
+    assert kd["baseline"] == kd["alone"] == alone["name"] == f"{runs[0].parent}/alone*"
+    rows = {row["run"]: row for row in content["runs"]}
+    means = [sum(rows[run]["top1"] for run in group["runs"]) / 2 for group in (alone, kd)]
+    assert kd["difference"] == pytest.approx(means[1] - means[0])
+    assert kd["interval"][0] <= kd["difference"] <= kd["interval"][1]
+    for test, (one, other) in zip(kd["mcnemar"], ((runs[2], runs[0]), (runs[3], runs[1])), strict=True):
+        mine, theirs = (set(rows[str(run)]["wrong"]) for run in (one, other))
+        assert (test["only_run_right"], test["only_baseline_right"]) == (len(theirs - mine), len(mine - theirs))
+    assert len({row["images"] for row in rows.values()}) == 1
+
+
+@pytest.mark.slow
+def test_every_format_holds_the_same_numbers_and_stdout_nothing_else(call, teacher_run, runs, tmp_path):
+    arguments = (teacher_run, *runs, "--latency", "false")
+    content = json.loads(call("evaluate", *arguments, "--format", "json").out)
+    table = call("evaluate", *arguments)
+    assert all(len(line) <= 120 for line in table.out.splitlines()), table.out
+    assert table.out.startswith("test of digits, 359 images\n")
+    assert "set aside as test" in table.err
+    relative = os.path.relpath(runs[0])
+    assert call("evaluate", relative, runs[2], "--latency", "false", "--report", tmp_path / "report").status == 0
+    lines = call("evaluate", *arguments, "--format", "csv").out.splitlines()
+    rows = list(csv.DictReader(lines))
+    markdown = call("evaluate", *arguments, "--format", "markdown").out
+    assert "| runs" in markdown
+    assert "±" in markdown
+    for row, line in zip(content["runs"], rows, strict=True):
+        assert float(line["top1"]) == row["top1"]
+        assert float(line["nll"]) == row["nll"]
+        assert line["run"] == row["run"]
+        assert f"{row['top1']:.2f}" in table.out
+        assert f"{row['nll']:.4f}" in markdown
+    for group in content["groups"]:
+        for line in (line for line in rows if line["run"] in group["runs"]):
+            assert line["group_name"] == group["name"]
+            assert float(line["group_top1_mean"]) == group["spread"]["top1"]["mean"]
+            assert line["group_difference"] == ("" if group["difference"] is None else str(group["difference"]))
+        if group["difference"] is not None:
+            assert f"{group['difference']:+.2f}" in table.out
+
+
+def test_cka_of_tapped_layers_is_that_of_the_features(call, runs, teacher_run):
+    result = call(
+        "evaluate",
+        runs[2],
+        "--latency",
+        "false",
+        "--format",
+        "json",
+        "--taps",
+        "[classifier.0:features.0, features.3:features.3]",
+    )
+    assert result.status == 0, result.err
+    found = json.loads(result.out)["runs"][0]["cka"]
+    assert [(part["student"], part["teacher"]) for part in found] == [
+        ("classifier.0", "features.0"),
+        ("features.3", "features.3"),
+    ]
+    data = load_data(DataConfig(source="digits", num_train=200))
+    images = torch.from_numpy(data.test.store.images[data.test.places])
+    networks = kd.load(runs[2]), kd.load(teacher_run)
+    networks[0].tap(["classifier.0", "features.3"])
+    networks[1].tap(["features.0", "features.3"])
+    with torch.no_grad():
+        mine, theirs = (network.outputs(images).features for network in networks)
+    for part in found:
+        rows = [metrics.pooled(feature).double() for feature in (mine[part["student"]], theirs[part["teacher"]])]
+        x, y = (feature - feature.mean(0) for feature in rows)
+        k, m = x @ x.T, y @ y.T
+        assert part["cka"] == pytest.approx(((k * m).sum() / (k.norm() * m.norm())).item(), rel=1e-4)
+    assert "features.3" in call("evaluate", runs[2], "--latency", "false").out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "severity"), [("gaussian_noise", 3), ("jpeg", 1)])
+def test_one_corruption_is_a_view_of_all_numbers(call, runs, teacher_run, name, severity):
+    arguments = ("--corruption", name, "--severity", severity, "--latency", "false")
+    result = call("evaluate", teacher_run, runs[2], *arguments, "--format", "json")
+    assert result.status == 0, result.err
+    teacher, row = json.loads(result.out)["runs"]
+    data = load_data(DataConfig(source="digits", num_train=200))
+    places = torch.from_numpy(data.test.places)
+    images = corrupt(torch.from_numpy(data.test.store.images[data.test.places]), places, name, severity)
+    with torch.no_grad():
+        logits = kd.load(runs[2])(images)
+    labels = torch.from_numpy(data.test.labels)
+    assert row["top1"] == pytest.approx(metrics.accuracy(logits, labels))
+    assert row["nll"] == pytest.approx(metrics.negative_log_likelihood(logits, labels), rel=1e-5)
+    assert row["teacher_top1"] == teacher["top1"]
+    assert (row["corruption"], row["severity"]) == (name, severity)
+    clean = json.loads(call("evaluate", runs[2], "--latency", "false", "--format", "json").out)["runs"][0]
+    assert row["temperature"] == clean["temperature"]
+    assert row["images"] != clean["images"]
+    assert f"{name} of severity {severity}" in call("evaluate", runs[2], *arguments).out
+
+
+@pytest.mark.slow
+def test_all_corruptions_are_a_table_beside_the_clean_numbers(call, runs):
+    result = call("evaluate", runs[0], "--corruption", "all", "--latency", "false", "--format", "json")
+    assert result.status == 0, result.err
+    row = json.loads(result.out)["runs"][0]
+    assert list(row["corruptions"]) == list(STRENGTHS)
+    every = [value for values in row["corruptions"].values() for value in values]
+    assert len(every) == 25
+    assert row["corruption_mean"] == pytest.approx(sum(every) / 25)
+    single = call(
+        "evaluate", runs[0], "--corruption", "blur", "--severity", 5, "--latency", "false", "--format", "json"
+    )
+    assert json.loads(single.out)["runs"][0]["top1"] == row["corruptions"]["blur"][4]
+    summary = json.loads((runs[0] / "summary.json").read_text())
+    assert row["top1"] == summary["test_accuracy"]
+    text = call("evaluate", runs[0], "--corruption", "all", "--latency", "false").out
+    assert all(f"{value:.2f}" in text for value in (*every, row["corruption_mean"]))
+    both = call("evaluate", *runs[:2], "--corruption", "all", "--latency", "false", "--format", "json")
+    means = json.loads(both.out)["groups"][0]["spread"]["corruption_mean"]["mean"]
+    table = call("evaluate", *runs[:2], "--corruption", "all", "--latency", "false").out
+    assert f"{means:.2f}" in next(line for line in table.splitlines() if " all " in line).split()[-1]
+
+
+def test_a_run_of_nans_is_measured_and_its_json_stays_json(call, runs, tmp_path):
+    import shutil
+
+    from kd.models import load_classifier
+
+    shutil.copytree(runs[0], tmp_path / "broken")
+    classifier = load_classifier(tmp_path / "broken")
+    for parameter in classifier.parameters():
+        parameter.data.fill_(float("nan"))
+    for name, content in classifier.files().items():
+        (tmp_path / "broken" / name).write_bytes(content)
+    result = call("evaluate", tmp_path / "broken", runs[2], "--latency", "false", "--format", "json")
+    assert result.status == 0, result.err
+    row = json.loads(result.out, parse_constant=lambda constant: pytest.fail(constant))["runs"][0]
+    assert row["nll"] is row["temperature"] is None
+    assert call("evaluate", tmp_path / "broken", "--latency", "false").status == 0

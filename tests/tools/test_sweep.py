@@ -1,0 +1,277 @@
+"""A sweep's file means the same to W&B's agent and here; trials are chosen, stopped and gone on with as it says."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, assert_one_line
+
+from kd.tools.sweep.space import Parameter, Sweep
+
+optuna = pytest.importorskip("optuna", reason="optuna is not installed")
+
+SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
+MODULE = "kd.tools.sweep.command"
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Write a sweep of fake runs over these learning rates, as a grid if nothing else is said; its path."""
+    monkeypatch.setattr("kd.tools.sweep.trial.SECONDS", 0.02)
+
+    def write(rates=(0.001,), **changes) -> str:
+        fake = [
+            "${interpreter}",
+            "tests/tools/fake_run.py",
+            "${program}",
+            "--config=recipes/digits/kd.yaml",
+            "--epochs=4",
+        ]
+        content = {
+            "program": "distill.py",
+            "method": "grid",
+            "metric": {"name": "val/accuracy", "goal": "maximize"},
+            "parameters": {"optimizer.lr": {"values": list(rates)}},
+            "command": [*fake, f"--output_dir={tmp_path}/trials/$WANDB_RUN_ID", "${args}"],
+        }
+        content = {key: value for key, value in {**content, **changes}.items() if value is not None}
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+        return str(tmp_path / "sweep.yaml")
+
+    return write
+
+
+def journal(tmp_path) -> list:
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(tmp_path / "trials/study.journal"))
+    )
+    return optuna.load_study(study_name="sweep", storage=storage).trials
+
+
+def states(tmp_path) -> list[str]:
+    return [trial.state.name for trial in journal(tmp_path)]
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda path: path.stem)
+def test_the_files_of_sweeps_are_accepted_and_go_through_accelerate_launch(file):
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    sweep = Sweep(file)
+    values = {parameter.name: parameter.first for parameter in sweep.parameters}
+    for parameter in sweep.parameters:
+        for choice in parameter.choices if parameter.kind in ("constant", "categorical") else [parameter.first]:
+            config = sweep.config("trial", {**values, parameter.name: choice})
+            assert config.output_dir == f"runs/sweeps/{file.stem}/trial"
+            assert config.data.val_fraction > 0
+            assert config.epochs > sweep.rungs[0]
+    words = sweep.words(values)
+    assert words[:4] == ["/usr/bin/env", "accelerate", "launch", "--quiet"]
+    theirs = create_sweep_command_args({"args": {name: {"value": value} for name, value in values.items()}})
+    assert words[-len(values) :] == theirs["args"]
+    assert f"python -m kd.sweep sweeps/{file.name}" in file.read_text()
+
+
+def test_a_losss_argument_is_what_the_sweep_says():
+    sweep = Sweep(ROOT / "sweeps/digits_kl.yaml")
+    values = {parameter.name: parameter.first for parameter in sweep.parameters}
+    losses = sweep.config("trial", {**values, "losses.KL.temperature": 7.5, "losses.KL.weight": 1e-05}).losses
+    assert [(type(loss).__name__, loss.weight) for loss in losses] == [("KL", 1e-05), ("CrossEntropy", 0.1)]
+    assert losses[0].temperature == 7.5
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "low", "middle", "high"),
+    [
+        ({"min": 1, "max": 8}, "int_uniform", 1, 4.5, 8),
+        ({"min": 1.0, "max": 8}, "uniform", 1, 4.5, 8),
+        ({"distribution": "log_uniform_values", "min": 0.001, "max": 10}, "log_uniform_values", 0.001, 0.1, 10),
+        ({"distribution": "log_uniform", "min": 0, "max": 2}, "log_uniform", 1, 2.71828, 7.389),
+        ({"distribution": "q_uniform", "min": 0, "max": 10, "q": 0.5}, "q_uniform", 0, 5, 10),
+    ],
+)
+def test_what_is_drawn_follows_wandbs_distributions(spec, kind, low, middle, high):
+    parameter = Parameter("x", spec)
+    assert parameter.kind == kind
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [parameter.suggest(study.ask()) for _ in range(300)]
+    assert low <= min(drawn) < max(drawn) <= high
+    assert 0.4 < sum(value < middle for value in drawn) / 300 < 0.6
+    if kind == "int_uniform":
+        assert set(drawn) == set(range(1, 9))
+    if kind == "q_uniform":
+        assert {value % 0.5 for value in drawn} == {0}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"metric": {"name": "test_accuracy", "goal": "maximize"}}, ["val/accuracy", "test split"]),
+        ({"metric": {"name": "val/nll", "goal": "maximize"}}, ["val/nll", "minimize"]),
+        ({"methud": "grid"}, ["'methud'", "did you mean 'method'"]),
+        ({"method": "hyper"}, ["'hyper'", "bayes, grid, random"]),
+        ({"command": None}, ["lacks command"]),
+        ({"command": ["python", "${program}"]}, ["${args}"]),
+        ({"command": ["python", "${program}", "${args_json}"]}, ["${args}"]),
+        ({"command": ["${wrapper}", "${program}", "${args}"]}, ["${wrapper}", "${interpreter}"]),
+        ({"command": ["python", "${program}", "--teacher=x", "${args}"]}, ["output_dir", "$WANDB_RUN_ID"]),
+        ({"program": "evaluate.py"}, ["evaluate.py", "train_teacher.py"]),
+        ({"parameters": {"optimzer.lr": {"value": 1}}}, ["optimzer.lr", "optimizer.lr"]),
+        ({"parameters": {"losses.KL.temperatur": {"value": 1}}}, ["'temperatur'", "did you mean 'temperature'"]),
+        ({"parameters": {"optimizer.lr": {"distribution": "beta", "a": 1}}}, ["'beta'", "log_uniform_values"]),
+        ({"parameters": {"optimizer.lr": {"min": 0.1}}}, ["optimizer.lr", "lacks max"]),
+        ({"parameters": {"optimizer.lr": {"min": 0.1, "max": 0.2}}}, ["grid", "optimizer.lr", "random"]),
+        ({"parameters": {"optimizer": {"parameters": {"lr": {"value": 1}}}}}, ["nested", "optimizer.lr"]),
+        ({"early_terminate": {"type": "median"}}, ["type: hyperband"]),
+        ({"method": "random", "parameters": {"seed": {"min": 0, "max": 9}}}, ["--trials N"]),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(call, make, tmp_path, change, words):
+    assert_one_line(call(MODULE, make(**change)), *words)
+    assert not (tmp_path / "trials").exists()
+
+
+def test_a_missing_optuna_is_one_line(call, make, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.delitem(sys.modules, "kd.tools.sweep.study", raising=False)
+    assert_one_line(call(MODULE, make()), "kd.sweep needs the package optuna", "pip install optuna")
+
+
+@pytest.mark.slow
+def test_a_grid_is_run_whole_and_the_best_on_validation_wins(call, make, tmp_path):
+    result = call(MODULE, make([0.1, 0.001, 0.01]))
+    assert result.status == 0, result.err
+    assert states(tmp_path) == ["COMPLETE"] * 3
+    assert [trial.params["optimizer.lr"] for trial in journal(tmp_path)] == [0.1, 0.001, 0.01]
+    table = [line.split() for line in result.out.splitlines() if line.strip().startswith("trial_") and ":" not in line]
+    assert [(row[0], float(row[1])) for row in table] == [("trial_0001", 90), ("trial_0002", 70), ("trial_0000", 50)]
+    assert f"The best is {tmp_path}/trials/trial_0001" in result.out
+    again = call(MODULE, make([0.1, 0.001, 0.01]))
+    assert again.status == 0
+    assert "3 finished" in again.out
+    assert len(journal(tmp_path)) == 3
+    assert_one_line(call(MODULE, make([0.1, 0.2])), "other parameters", "delete the folder")
+
+
+@pytest.mark.slow
+def test_a_trial_that_lags_behind_is_stopped_and_told_why(call, make, tmp_path):
+    early = {"type": "hyperband", "min_iter": 2, "eta": 2}
+    result = call(MODULE, make([0.001, 0.1, 0.01], early_terminate=early))
+    assert states(tmp_path) == ["COMPLETE", "PRUNED", "PRUNED"]
+    assert "trial_0001: stopped after epoch 2: val/accuracy 25 is not among the best 1/2 of 2 trials" in result.out
+    assert "the best had 45" in result.out
+    assert "stopped by SIGTERM" in (tmp_path / "trials/trial_0001.log").read_text()
+    assert not (tmp_path / "trials/trial_0001/summary.json").exists()
+
+
+@pytest.mark.slow
+def test_one_that_diverges_is_the_worst_and_three_that_fail_in_a_row_end_the_sweep(call, make, tmp_path):
+    result = call(MODULE, make([0.5, 0.25, 0.001]))
+    assert result.status == 0
+    assert states(tmp_path) == ["PRUNED", "FAIL", "COMPLETE"]
+    assert "trial_0000: diverged: the loss is not finite at step 7" in result.out
+    assert "trial_0001: failed: error: no such teacher" in result.out
+    failing = make(method="random", parameters={"optimizer.lr": {"value": 0.25}, "seed": {"values": [1, 2]}})
+    Path(failing).write_text(Path(failing).read_text().replace("/trials/", "/failing/"))
+    result = call(MODULE, failing, "--trials", 9)
+    assert result.status == 2
+    assert "error: 3 trials failed one after another; the last: trial_0002: error: no such teacher" in result.err
+
+
+@pytest.mark.slow
+def test_without_validation_images_nothing_is_selected(call, make, tmp_path, monkeypatch):
+    monkeypatch.setattr("kd.tools.sweep.trial.measured", lambda folder, metric: {})
+    result = call(MODULE, make())
+    assert "no val/accuracy" in result.out
+    assert "data.val_fraction" in result.out
+    assert states(tmp_path) == ["FAIL"]
+
+
+@pytest.mark.slow
+def test_what_is_drawn_does_not_depend_on_how_often_the_sweep_was_stopped(call, make, tmp_path):
+    rate = {"distribution": "log_uniform_values", "min": 0.0001, "max": 0.1}
+    file = make(method="random", parameters={"optimizer.lr": rate})
+    assert call(MODULE, file, "--trials", 3).status == 0
+    whole = [trial.params for trial in journal(tmp_path)]
+    (tmp_path / "trials").rename(tmp_path / "whole")
+    for count in (1, 3):
+        assert call(MODULE, file, "--trials", count).status == 0
+    assert [trial.params for trial in journal(tmp_path)] == whole
+    assert len({tuple(params.values()) for params in whole}) == 3
+
+
+def worker(file: str, *arguments):
+    """A worker in a process of its own."""
+    command = [sys.executable, "-m", "kd.tools.sweep", file, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_ends_leaves_its_trial_to_the_next(call, make, tmp_path, number):
+    file = make([0.125, 0.001])
+    first = worker(file)
+    wait_for((tmp_path / "trials/trial_0000/metrics.jsonl").is_file)
+    first.send_signal(number)
+    said = first.communicate(timeout=60)[0]
+    assert first.returncode == (-9 if number == signal.SIGKILL else 143), said
+    wait_for(lambda: "stopped by SIGTERM" in (tmp_path / "trials/trial_0000.log").read_text())
+    assert states(tmp_path)[0] == "RUNNING"
+    (tmp_path / "trials/go").touch()
+    result = call(MODULE, file)
+    assert result.status == 0, result.err
+    assert states(tmp_path) == ["COMPLETE", "COMPLETE"]
+    rows = [json.loads(line) for line in (tmp_path / "trials/trial_0000/metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_trials(call, make, tmp_path):
+    file = make([0.125, 0.001, 0.01])
+    first = worker(file)
+    wait_for((tmp_path / "trials/trial_0000/metrics.jsonl").is_file)
+    result = call(MODULE, file)
+    assert result.status == 0
+    assert "trial_0000:" not in result.out
+    assert "2 finished, 1 not finished" in result.out
+    (tmp_path / "trials/go").touch()
+    said = first.communicate(timeout=60)[0]
+    assert "3 finished" in said
+    assert states(tmp_path) == ["COMPLETE"] * 3
+
+
+@pytest.mark.slow
+def test_a_real_run_is_stopped_with_its_sweep_and_goes_on_with_it(tmp_path, teacher_run):
+    base = [f"--teacher={teacher_run}", "--data.num_train=200", "--epochs=2", "--num_threads=1", "--report_to=none"]
+    base.append(f"--output_dir={tmp_path}/s/$WANDB_RUN_ID")
+    content = yaml.safe_load((ROOT / "sweeps/digits_kl.yaml").read_text())
+    command = [word for word in content["command"] if not word.startswith("--output_dir")]
+    content |= {"command": [*command[:-1], *base, "${args}"], "run_cap": 1}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+    run = tmp_path / "s/trial_0000"
+    first = worker(str(tmp_path / "sweep.yaml"))
+    wait_for((run / "config.yaml").is_file)
+    first.terminate()
+    assert first.wait(120) == 143
+    assert not (run / "summary.json").exists()
+    second = worker(str(tmp_path / "sweep.yaml"))
+    said = second.communicate(timeout=240)[0]
+    assert second.returncode == 0, said
+    losses = yaml.safe_load((run / "config.yaml").read_text())["losses"]
+    drawn = [losses[0]["init_args"][name] for name in ("temperature", "weight")]
+    value = json.loads((run / "summary.json").read_text())["val_accuracy"]
+    assert re.search(rf"trial_0000 +{value:.4f} +{drawn[0]:.4g} +{drawn[1]:.4g} ", said)

@@ -1,0 +1,191 @@
+"""Killed at any moment and started again with the same command, a run ends with the bytes of one never interrupted."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import children
+import pytest
+from conftest import ROOT, UNEVEN
+
+from kd.train.checkpoint import Progress, checkpoints, load_newest, save_checkpoint
+
+# 200 digits in batches of 48: 5 steps an epoch, the last one uneven; dropout, flips and crops are all drawn.
+ARGUMENTS = (
+    *UNEVEN,
+    "--data.pad_crop",
+    1,
+    "--epochs",
+    3,
+    "--checkpoint_every",
+    2,
+    "--log_every",
+    3,
+    "--report_to",
+    "none",
+)
+TIMES = ("images_per_second", "epoch/images_per_second", "peak_memory_mb")
+
+
+def slow(*values) -> list:
+    """Parameters of the second tier."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def rows(folder: Path) -> list[dict]:
+    """metrics.jsonl without what was measured of the machine."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert (one / "config.json").read_bytes() == (other / "config.json").read_bytes()
+    assert rows(one) == rows(other)
+    assert len(checkpoints(one / "checkpoints")) == 2
+    assert not list((one / "checkpoints").glob(".tmp*"))
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
+    assert summaries[0].keys() == summaries[1].keys()
+    for key in ("test_accuracy", "val_accuracy", "best", "last", "steps"):
+        assert summaries[0][key] == summaries[1][key]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert children.run("train_teacher", (*ARGUMENTS, "--output_dir", folder)) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [
+        [
+            ("kd.train.meter.Meter.add", 4),
+            ("kd.train.meter.Meter.add", 3),
+            ("kd.train.meter.Meter.add", 6),
+        ],  # three times
+        # before the first checkpoint; inside a checkpoint's files; twice there; the checkpoint is whole but not
+        # renamed; while an old one is deleted; between the results' files
+        *slow(
+            [("kd.train.meter.Meter.add", 1)],
+            [("kd.train.checkpoint._write", 2)],
+            [("kd.train.checkpoint._write", 2), ("kd.train.checkpoint._write", 5)],
+            [("kd.train.checkpoint.os.rename", 3)],
+            [("kd.train.checkpoint.shutil.rmtree", 4)],
+            [("kd.run.folder.write_atomic", 3), ("kd.run.folder.write_atomic", 2)],
+        ),
+    ],
+    ids=lambda moments: "+".join(f"{name.rpartition('.')[2]}{n}" for name, n in moments),
+)
+def test_killed_and_resumed(uninterrupted, tmp_path, moments):
+    command = (*ARGUMENTS, "--output_dir", tmp_path / "run")
+    for moment in moments:
+        assert children.run("train_teacher", command, sabotage=moment) == -9
+        assert not (tmp_path / "run" / "summary.json").exists()
+    assert children.run("train_teacher", command) == 0
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_what_a_kill_left_half_written_is_deleted_though_its_step_is_not_saved_again(tmp_path):
+    (tmp_path / ".tmp-step_00000005").mkdir()
+    (tmp_path / ".tmp-step_00000005" / "distiller.safetensors").write_bytes(b"half")
+    saved = save_checkpoint(tmp_path, Progress(step=6), {})
+    assert list(tmp_path.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", *slow("SIGINT", "SIGUSR1")])
+def test_stopped_by_a_signal_saves_where_it_is(uninterrupted, tmp_path, name):
+    command = (*ARGUMENTS, "--output_dir", tmp_path / "run", "--checkpoint_every", 1000)
+    status = children.run("train_teacher", command, sabotage=(f"kd.train.meter.Meter.add:{name}", 7))
+    assert status == 128 + {"SIGTERM": 15, "SIGINT": 2, "SIGUSR1": 10}[name]
+    progress, _ = load_newest(tmp_path / "run" / "checkpoints")
+    assert progress.step == 7
+    assert children.run("train_teacher", command) == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
+    assert rows(tmp_path / "run") == rows(uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", ["", "epoch 1/"])
+def test_a_signal_that_is_sent_again_and_again_changes_nothing(tmp_path, after):
+    """In a Python of its own, to its very end: while it ends it forgets handlers, and the signal would kill."""
+    arguments = (*ARGUMENTS, "--epochs", 500, "--log_every", 1000, "--output_dir", tmp_path / "run")
+    with subprocess.Popen(
+        [sys.executable, "train_teacher.py", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),  # as slurm/train.sbatch starts the launcher
+    ) as process:
+        while after and not process.stdout.readline().startswith(after):
+            assert process.poll() is None, process.stderr.read()
+        while process.poll() is None:
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(0.002)
+        out, err = process.communicate()
+    assert process.returncode == 128 + signal.SIGUSR1, err
+    assert "Traceback" not in err
+    said = "stopped by SIGUSR1 after step" if after else "stopped by SIGUSR1; the same command goes on"
+    assert said in out + err
+
+
+@pytest.mark.slow
+def test_distillation_is_resumed_too(teacher_run, tmp_path):
+    command = (
+        "--config",
+        "recipes/digits/kd.yaml",
+        "--data.num_train",
+        200,
+        "--epochs",
+        2,
+        "--checkpoint_every",
+        1,
+        "--select",
+        "best",
+        "--teacher",
+        teacher_run,
+        "--report_to",
+        "none",
+        "--output_dir",
+    )
+    assert children.run("distill", (*command, tmp_path / "whole")) == 0
+    assert children.run("distill", (*command, tmp_path / "cut"), sabotage=("kd.train.meter.Meter.add", 6)) == -9
+    assert children.run("distill", (*command, tmp_path / "cut")) == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_losses_that_learn_draw_and_remember_are_resumed_too(teacher_run, tmp_path):
+    last, stages = ("features.8", "features.7"), (["features.5", "features.8"], ["features.4", "features.7"])
+    one, several = ("student_tap", "teacher_tap"), ("student_taps", "teacher_taps")
+    losses = [
+        {"class_path": "CRD", "init_args": {**dict(zip(one, last, strict=True)), "negatives": 64}},
+        {"class_path": "MGD", "init_args": dict(zip(one, last, strict=True))},
+        {"class_path": "ReviewKD", "init_args": {**dict(zip(several, stages, strict=True)), "weight": 1.0}},
+        {"class_path": "OFD", "init_args": dict(zip(several, stages, strict=True))},
+        {"class_path": "CTKD"},
+    ]
+    command = ("--student", "mnist_student", "--teacher", teacher_run, "--data.resize", 28, "--data.num_train", 200)
+    command += ("--epochs", 2, "--checkpoint_every", 1, "--log_every", 1, "--losses", json.dumps(losses))
+    command += ("--report_to", "none", "--output_dir")
+    assert children.run("distill", (*command, tmp_path / "whole")) == 0
+    for moment in (3, 4):
+        assert (
+            children.run("distill", (*command, tmp_path / "cut"), sabotage=("kd.train.meter.Meter.add", moment)) == -9
+        )
+    assert children.run("distill", (*command, tmp_path / "cut")) == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    steps = [checkpoints(tmp_path / name / "checkpoints")[0] for name in ("whole", "cut")]
+    learned = [(step / "distiller.safetensors").read_bytes() for step in steps]
+    assert learned[0] == learned[1]
