@@ -12,7 +12,7 @@ RUNS := runs/digits
 # Without byte code each start of Python compiles torch anew, which takes longer than the demo.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo cifar10 benchmark test test-slurm soak quick lint clean
+.PHONY: demo cifar10 benchmark test test-slurm soak quick golden lint clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: requirements.txt
@@ -67,6 +67,11 @@ soak: $(VENV)/.installed
 
 quick: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow"
+
+# Whether two runs end with the bytes that they had at BASE, a commit: what must hold for a change that only rearranges.
+BASE ?= HEAD
+golden: $(VENV)/.installed
+	$(BIN)/python tests/golden.py $(BASE)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
