@@ -2,8 +2,8 @@
 
 A store is a folder named by a fingerprint of the source and of how it was decoded. It is built aside and renamed, under
 a lock: one process builds, with all cores, the others wait; when the builder dies the next one takes over. A set whose
-decoded images would take too much of the disk is not stored, but decoded whenever images are asked for: the same
-images at the same places.
+decoded images would take too much of the disk is not stored, but decoded at each read, to the same images
+at the same places.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def open_stores(
     pixels (shorter side resized, centre cropped).
 
     Args:
-        mode: `disk` to store the images, `stream` to decode them when they are asked for, `auto` to stream if they
+        mode: `disk` to store the images, `stream` to decode them at each read, `auto` to stream if they
             would take more than `SHARE_OF_DISK` of the free disk.
         workers: processes that decode ahead when streaming; None for this process's share of the cores.
 
@@ -91,42 +91,81 @@ def open_stores(
             build(native, classes, splits, recipe, None, source.notes)
             return _read(native)
         try:
-            folder, size = native, size_of_first(splits, recipe)
-            if why := _why_streamed(splits, recipe.channels, size, root, mode):
-                differ, bad = examined(root / f"{key}.json", splits, recipe, size)
-                if differ:
-                    raise OtherSize(differ)
-            else:
-                build(native, classes, splits, recipe, size, source.notes)
+            folder, size, why, bad = _native(native, source, classes, splits, recipe, mode)
         except OtherSize as error:
             if recipe.resize is None:
                 raise UserError(
                     f"{error}; set data.resize (pixels of the shorter side), and images become squares"
                 ) from None
             source.notes.append(f"{error}; all are brought to {recipe.resize}x{recipe.resize}")
-            folder, size, bad = fitted, (recipe.resize, recipe.resize), {}
-            why = _why_streamed(splits, recipe.channels, size, root, mode)
-            if not why:
-                build(fitted, classes, splits, recipe, size, source.notes, fit=True)
-            elif recipe.skip_unreadable:
-                _, bad = examined(root / f"{key}.json", splits, recipe, size)
+            folder, size, why, bad = _fitted(native, fitted, source, classes, splits, recipe, mode)
         if not why:
             return _read(folder)
     _say(source.notes, {name: [splits[name].name(place) for place, _ in bad_ones] for name, bad_ones in bad.items()})
     workers = share_of_cores() if workers is None else workers
     say(f"data: images are decoded at each step, ahead of it by {workers} processes ({why})")
+    return classes, _streamed(splits, recipe, bad, size, folder, folder == fitted, workers)
+
+
+def _native(
+    native: Path, source: Source, classes: list[str], splits: dict[str, RawSplit], recipe: Recipe, mode: str
+) -> tuple[Path, tuple[int, int], str, dict]:
+    """Build the store of images that all have one size.
+
+    Returns:
+        The store's folder, the images' size (H, W), why nothing was stored ("" if it was), the unreadable images.
+
+    Raises:
+        OtherSize: images differ in size.
+    """
+    size = size_of_first(splits, recipe)
+    if not (why := _why_streamed(splits, recipe.channels, size, native.parent, mode)):
+        build(native, classes, splits, recipe, size, source.notes)
+        return native, size, why, {}
+    differ, bad = examined(_examination(native), splits, recipe, size)
+    if differ:
+        raise OtherSize(differ)
+    return native, size, why, bad
+
+
+def _fitted(
+    native: Path, fitted: Path, source: Source, classes: list[str], splits: dict[str, RawSplit], recipe: Recipe, mode
+) -> tuple[Path, tuple[int, int], str, dict]:
+    """Build the store of images that become squares; returns what `_native` does."""
+    size, bad = (recipe.resize, recipe.resize), {}
+    why = _why_streamed(splits, recipe.channels, size, fitted.parent, mode)
+    if not why:
+        build(fitted, classes, splits, recipe, size, source.notes, fit=True)
+    elif recipe.skip_unreadable:
+        _, bad = examined(_examination(native), splits, recipe, size)
+    return fitted, size, why, bad
+
+
+def _examination(native: Path) -> Path:
+    """The file that keeps what a pass over all images found, beside the store that was not built."""
+    return native.with_name(f"{native.name}.json")
+
+
+def _streamed(
+    splits: dict[str, RawSplit], recipe: Recipe, bad: dict, size, folder: Path, fit: bool, workers: int
+) -> dict[str, Store]:
+    """Splits whose images are decoded when they are needed, without the unreadable ones.
+
+    Raises:
+        UserError: a split has no readable image.
+    """
     stores = {}
     for name, split in splits.items():
         kept = np.delete(np.arange(len(split.labels)), [place for place, _ in bad.get(name, [])])
         if len(kept) == 0:
             raise UserError(f"data: no image of the {name} split can be read")
-        images = Encoded(split, kept, recipe.channels, size, folder == fitted, workers)
+        images = Encoded(split, kept, recipe.channels, size, fit, workers)
         stores[name] = Store(images, split.labels[kept], f"{folder.name}/{name}")
-    return classes, stores
+    return stores
 
 
 def _read(folder: Path, resize: int | None = None) -> tuple[list[str], dict[str, Store]] | None:
-    """A store; None if it is not there, is damaged, or holds images that are much larger than `resize` asks for."""
+    """A store; None if it is not there, is damaged, or holds images much larger than `resize`."""
     stores = {}
     try:
         meta = json.loads((folder / "meta.json").read_text())
