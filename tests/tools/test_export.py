@@ -22,6 +22,7 @@ from kd.data import load_data
 from kd.models import View, build_classifier
 from kd.run.config import DataConfig
 from kd.tools.export import formats
+from kd.tools.export.card import model_card
 from kd.tools.export.command import _arguments
 from kd.tools.export.images import RunImages
 from kd.util.errors import UserError
@@ -244,6 +245,15 @@ def test_a_hub_folder_loads_again_and_its_card_says_what_the_run_says(call, seed
     assert "license: unknown" in text
     assert "- One run: how much the results vary with the seed was not measured." in text
     assert "standard deviation" not in text
+
+
+def test_the_card_names_every_view_of_the_training_images(seeds):
+    config = yaml.safe_load((seeds[0] / "config.yaml").read_text())
+    assert "views of the training images: as stored" in model_card(seeds[:1])
+    config["data"].update(color_jitter=[0.4, 0.4, 0.4, 0.1], random_erasing=0.25, mixup=0.2)
+    (seeds[0] / "config.yaml").write_text(yaml.safe_dump(config))
+    words = "colour jitter 0.4/0.4/0.4/0.1, a rectangle erased in 25% of the images, mixup (alpha 0.2)"
+    assert f"views of the training images: {words}\n" in model_card(seeds[:1])
 
 
 def test_a_spread_is_of_runs_that_differ_by_the_seed_alone(call, seeds, teacher_run, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import math
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import yaml
 
+from kd.data.views import Views
 from kd.losses import LOSSES
 from kd.measure.records import objective
+from kd.run.config import DataConfig
 from kd.run.folder import read_summary
 from kd.run.parse import differing_fields, read_yaml
 from kd.util.errors import UserError
@@ -154,12 +157,13 @@ class _Card:
         steps += [f"shorter side resized to {view['resize']}"] if view["resize"] else []
         steps += [f"the middle {view['crop']}x{view['crop']}"] if view["crop"] else []
         steps += ["3 channels" if view["channels"] == 3 else "luminance", f"mean {view['mean']}", f"std {view['std']}"]
-        views = ["flipped"] * data["flip"] + [f"shifted by up to {data['pad_crop']} pixels"] * (data["pad_crop"] > 0)
+        known = {field.name for field in dataclasses.fields(DataConfig)}
+        views = Views.of(DataConfig(**{name: value for name, value in data.items() if name in known}))
         lines = [
             f"- data: {self.source}; {self.counts['train']:,} training images"
             f"{' (a class-balanced subset)' if data['num_train'] else ''}, {self.counts['val']:,} for validation, "
             f"{self.counts['test']:,} for the test (split seed {data['split_seed']})",
-            f"- images: {', '.join(steps)}; training images {' and '.join(views) or 'not varied'}",
+            f"- images: {', '.join(steps)}; views of the training images: {views.words()}",
         ]
         for teacher in self.teachers:
             known = f" (`{teacher['model']}`, {teacher['num_params']:,} parameters)" if "model" in teacher else ""
