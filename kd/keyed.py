@@ -9,6 +9,7 @@ https://doi.org/10.1145/2660193.2660195).
 from __future__ import annotations
 
 import math
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -16,6 +17,32 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15
 _M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
+
+
+class Purpose(IntEnum):
+    """What a draw is for: a part of its key, so that no two purposes share draws.
+
+    The numbers stay: another one would change the bytes of every run.
+    """
+
+    ORDER = 0  # of an epoch's images
+    VIEW = 1  # of an image at an epoch
+    DROPOUT = 2  # also the seed of what draws from torch's generator
+    NUMBER = 3  # which of its numbered views an image shows, and what these are
+    BOOTSTRAP_IMAGES = 4
+    BOOTSTRAP_RUNS = 5
+    CORRUPTION = 6
+    CROP = 16
+    ERASE = 17
+    JITTER = 18
+    TRIVIAL = 19
+    MIX = 20
+    PARTNER = 21  # with whom an image is mixed
+    NEGATIVES = 0x435244  # of contrastive losses, and their first memory
+    # These three share a number with VIEW or DROPOUT and yet no draw: there an epoch and more follow the number.
+    FIRST_WEIGHTS = 1  # of what losses learn
+    SPLIT_ORDER = 1  # of the images at one rank of their classes
+    CARVED = 2
 
 
 def _signed(value: int) -> int:

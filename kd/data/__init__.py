@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.data.batches import DROPOUT as DROPOUT
 from kd.data.batches import TrainBatches as TrainBatches
 from kd.data.build import Recipe
 from kd.data.corrupt import corrupt

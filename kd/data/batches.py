@@ -20,9 +20,6 @@ from kd.util.device import to_device
 if TYPE_CHECKING:
     from kd.data import Split
 
-# What a key is for, so that order, views (1 and 3, in kd.data.views) and dropout of one (seed, epoch, image) are
-# independent.
-ORDER, DROPOUT = 0, 2
 BLOCK = 64  # steps that are drawn at once: each draw is a dozen small operations, which would cost a step as much
 
 
@@ -132,7 +129,7 @@ class TrainBatches:
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            order = keyed.permutation(keyed.key(self.seed, ORDER, epoch), len(self.split)).numpy()
+            order = keyed.permutation(keyed.key(self.seed, keyed.Purpose.ORDER, epoch), len(self.split)).numpy()
             self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order}  # images are read ahead: two epochs
         return self._orders[epoch]
 
@@ -154,7 +151,7 @@ class TrainBatches:
         if self.views.mixes:
             others, other_keys = self.views.partners(keys, len(self.split))
             others = others.numpy()
-        dropout = keyed.keys(keyed.key(self.seed, DROPOUT, epoch), places)
+        dropout = keyed.keys(keyed.key(self.seed, keyed.Purpose.DROPOUT, epoch), places)
         drawn = _Drawn(where, places, keys, numbers, dropout, others, other_keys)
         offsets = range(0, (last - first) * self.batch_size, self.batch_size)
         return [

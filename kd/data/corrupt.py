@@ -29,7 +29,7 @@ STRENGTHS = {
     "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),  # added to the value of hue, saturation, value
     "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # factor of each channel's distance from its mean
 }
-_NOISE = keyed.key(0, 3)  # 0 to 2 are for order, views and dropout
+_NOISE = keyed.key(0, keyed.Purpose.CORRUPTION)
 
 
 def corrupt(images: Tensor, index: Tensor, name: str, severity: int) -> Tensor:

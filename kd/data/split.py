@@ -22,13 +22,13 @@ def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
     counts = np.bincount(labels)
     starts = np.cumsum(counts) - counts
     rank = np.arange(len(labels)) - np.repeat(starts, counts)  # how many of its class stand before it
-    tie = keyed.keys(keyed.key(seed, 1), torch.from_numpy(by_class)).numpy()
+    tie = keyed.keys(keyed.key(seed, keyed.Purpose.SPLIT_ORDER), torch.from_numpy(by_class)).numpy()
     return by_class[np.lexsort((tie, rank))]
 
 
 def carve(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split places into (rest, carved): `fraction` of every class (rounded) is carved; both ascending."""
-    shuffled = keyed.permutation(keyed.key(seed, 2), len(labels)).numpy()
+    shuffled = keyed.permutation(keyed.key(seed, keyed.Purpose.CARVED), len(labels)).numpy()
     carved = []
     for label in np.unique(labels):
         places = shuffled[labels[shuffled] == label]

@@ -21,7 +21,6 @@ from kd.losses.base import FeatureLoss, Setting
 from kd.outputs import Batch, Outputs
 from kd.util.parallel import global_rows
 
-PURPOSE = 0x435244  # keeps these draws apart from others with the same key
 CHUNK = 1 << 23  # scalars that one part of a batch may need at once
 # A gathered negative moves about 3 D scalars through memory (read, written, read); a place in a matrix product with the
 # whole bank costs D multiplications, which stream. The product is taken for up to so many places a negative.
@@ -37,7 +36,7 @@ def draw_negatives(keys: Tensor, labels: Tensor, number: int, order: Tensor, cou
         counts: int64, how many training images each class has.
     """
     own, first = counts[labels][:, None], (counts.cumsum(0) - counts)[labels][:, None]
-    keys = keyed.keys(keys, torch.tensor(PURPOSE))[:, None]
+    keys = keyed.keys(keys, torch.tensor(keyed.Purpose.NEGATIVES))[:, None]
     rank = keyed.integers(keyed.keys(keys, torch.arange(number, device=keys.device)), len(order) - own)
     return order.take(rank + (rank >= first) * own)  # the image's class stands at [first, first + own): passed over
 
@@ -140,7 +139,7 @@ class CRD(FeatureLoss):
         )
         for number, name in enumerate(("student_bank", "teacher_bank")):
             self.register_buffer(
-                name, self._first_values(len(labels), keyed.key(torch.initial_seed(), PURPOSE, number))
+                name, self._first_values(len(labels), keyed.key(torch.initial_seed(), keyed.Purpose.NEGATIVES, number))
             )
         self.register_buffer("log_means", torch.zeros(2))  # log(Z / M) where student and teacher are the anchors
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))

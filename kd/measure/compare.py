@@ -24,7 +24,6 @@ from kd.util.errors import unknown
 AVERAGED = ("top1", "top5", "nll", "brier", "calibration_error", "agreement", "kl", "corruption_mean")
 REPLICATES = 2000
 _AT_ONCE = 2**22  # draws that are kept at a time
-_IMAGES, _SEEDS = keyed.key(0, 4), 5  # what a draw is for; see kd.data
 
 
 def experiment(config: dict, read: Callable[[str], dict | None], seen: tuple[str, ...] = ()) -> str:
@@ -82,10 +81,10 @@ def bootstrap(correct: Tensor, replicates: int = REPLICATES) -> Tensor:
     The draws are a function of (replicate, N): the same call gives the same numbers.
     """
     num_images = correct.shape[1]
-    at_once, parts = max(1, _AT_ONCE // num_images), []
+    at_once, parts, base = max(1, _AT_ONCE // num_images), [], keyed.key(0, keyed.Purpose.BOOTSTRAP_IMAGES)
     for start in range(0, replicates, at_once):
         size = min(at_once, replicates - start)
-        draws = keyed.keys(_IMAGES, torch.arange(start * num_images, (start + size) * num_images))
+        draws = keyed.keys(base, torch.arange(start * num_images, (start + size) * num_images))
         place = (keyed.uniform(draws).double() * num_images).long().view(size, num_images)
         place += num_images * torch.arange(size)[:, None]
         counts = torch.bincount(place.flatten(), minlength=size * num_images).view(size, num_images)
@@ -103,7 +102,8 @@ def group_mean(samples: Tensor, salt: int) -> Tensor:
     centre = samples.mean(1)
     if num_runs == 1:
         return centre
-    draws = keyed.uniform(keyed.keys(keyed.key(0, _SEEDS, salt), torch.arange(replicates * num_runs)))
+    base = keyed.key(0, keyed.Purpose.BOOTSTRAP_RUNS, salt)
+    draws = keyed.uniform(keyed.keys(base, torch.arange(replicates * num_runs)))
     chosen = (draws.double() * num_runs).long().view(replicates, num_runs)
     return centre + math.sqrt(num_runs / (num_runs - 1)) * (samples.gather(1, chosen).mean(1) - centre)
 

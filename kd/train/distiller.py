@@ -65,7 +65,7 @@ class Distiller(nn.Module):
                 shapes[-1] = _feature_shapes(network, image_shape)
         classes = getattr(self.student, "classes", None)
         setting = Setting(*shapes, len(classes) if classes else None, labels)
-        torch.manual_seed(keyed.key(seed, 1) & (2**63 - 1))
+        torch.manual_seed(keyed.key(seed, keyed.Purpose.FIRST_WEIGHTS) & (2**63 - 1))
         for loss in self.losses.values():
             try:
                 loss.setup(setting)

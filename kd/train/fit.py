@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kd import keyed
-from kd.data import DROPOUT, Data, TrainBatches, Views
+from kd.data import Data, TrainBatches, Views
 from kd.measure import metrics
 from kd.measure.predict import predict
 from kd.outputs import Batch
@@ -112,7 +112,7 @@ def fit(
             step = progress.step
             for group in engine.param_groups:
                 group["lr"] = learning_rate(config.optimizer, step, total, per_epoch)
-            seed = keyed.key(config.seed, DROPOUT, step, accelerator.process_index) & (2**63 - 1)
+            seed = keyed.key(config.seed, keyed.Purpose.DROPOUT, step, accelerator.process_index) & (2**63 - 1)
             set_seed(seed)
             for micro in reversed(range(batches.num_micro(step))):
                 batch, share = batches.read(step, device, micro)

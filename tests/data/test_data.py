@@ -17,12 +17,10 @@ from conftest import write_image
 from PIL import Image
 
 from kd import keyed
-from kd.data import DROPOUT, Data, Split, TrainBatches, Views, load_data
-from kd.data.batches import ORDER
+from kd.data import Data, Split, TrainBatches, Views, load_data
 from kd.data.decode import UnreadableImage, open_image, read_image
 from kd.data.split import balanced_order, carve
 from kd.data.store import Store
-from kd.data.views import VIEW
 from kd.data.views.augment import augment, gathered, shifts
 from kd.models.preprocess import Preprocess, View, centre_crop, resize_shorter_side
 from kd.run.config import DataConfig
@@ -571,18 +569,18 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
 def test_what_a_batch_holds():
     split = make_split(26)
     batch, weight = batches(split, view=False).read(4, CPU)  # the second step of the second epoch
-    order = keyed.permutation(keyed.key(5, ORDER, 1), 26).numpy()[12:24]
+    order = keyed.permutation(keyed.key(5, keyed.Purpose.ORDER, 1), 26).numpy()[12:24]
     assert weight == 1
     assert batch.index.tolist() == (order + 3).tolist()
     assert np.array_equal(batch.images, split.store.images[order + 3])
     assert np.array_equal(batch.labels, split.store.labels[order + 3])
-    assert torch.equal(batch.keys, keyed.keys(keyed.key(5, DROPOUT, 1), batch.index))
+    assert torch.equal(batch.keys, keyed.keys(keyed.key(5, keyed.Purpose.DROPOUT, 1), batch.index))
 
 
 def test_views_are_keyed_by_epoch_and_image():
     split = make_split(26)
     batch, _ = batches(split).read(4, CPU)
-    keys = keyed.keys(keyed.key(5, VIEW, 1), batch.index)
+    keys = keyed.keys(keyed.key(5, keyed.Purpose.VIEW, 1), batch.index)
     plain = torch.from_numpy(split.store.images[batch.index.numpy()])
     assert torch.equal(batch.images, augment(plain, keys, True, 2))
 
@@ -656,6 +654,15 @@ def test_keys_are_frozen():
     draws = keyed.uniform(keyed.keys(keyed.key(0), torch.arange(3)))
     assert draws.tolist() == [0.6524484753608704, 0.7012121081352234, 0.38712412118911743]
     assert keyed.permutation(keyed.key(0), 10).tolist() == [9, 0, 3, 1, 6, 4, 5, 7, 8, 2]
+
+
+def test_no_two_purposes_share_draws():
+    """The three that share a number end their keys before an epoch would follow."""
+    shared = {name for name, purpose in keyed.Purpose.__members__.items() if name != purpose.name}
+    assert shared == {"FIRST_WEIGHTS", "SPLIT_ORDER", "CARVED"}
+    keys = keyed.keys(keyed.key(0, keyed.Purpose.CORRUPTION), torch.arange(100))
+    others = [keyed.keys(keyed.key(0, number), torch.arange(100)) for number in range(6)]
+    assert not torch.isin(keys, torch.stack(others)).any()
 
 
 @pytest.mark.parametrize("base", [(0,), (1, 2), (2**40, 7, 123456789)])

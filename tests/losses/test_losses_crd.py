@@ -65,7 +65,7 @@ class Reference:
     def negatives(self, key, label):
         by_class = sorted((c, place) for place, c in enumerate(LABELS.tolist()) if c >= 0)
         others = [place for c, place in by_class if c != label]
-        key = mixed(key, crd.PURPOSE)
+        key = mixed(key, keyed.Purpose.NEGATIVES)
         return [others[mixed(key, k) * len(others) >> 64] for k in range(self.loss.negatives)]
 
     def embed(self, linear, vectors):

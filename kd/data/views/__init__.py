@@ -13,8 +13,7 @@ from kd.data.views.colour import color_jitter, draw_jitter
 from kd.data.views.crop import draw_crops, draw_erased, erase, resized_crop
 from kd.data.views.mixes import draw_mixes, mix, partners
 from kd.data.views.trivial import draw_trivial, trivial_augment
-
-VIEW, NUMBER = 1, 3  # what a key is for; see kd.data
+from kd.keyed import Purpose
 
 
 @dataclass(frozen=True)
@@ -89,10 +88,11 @@ class Views:
         if self.plain:
             return index, torch.zeros_like(index)  # the only view: nothing is drawn
         if self.views_per_image:
-            first = keyed.integers(keyed.keys(keyed.key(seed, NUMBER), index), self.views_per_image)
+            first = keyed.integers(keyed.keys(keyed.key(seed, Purpose.NUMBER), index), self.views_per_image)
             numbers = (first + epoch) % self.views_per_image
-            return keyed.keys(keyed.keys(keyed.key(self.split_seed, NUMBER, NUMBER), numbers), index), numbers
-        keys = keyed.keys(keyed.key(seed, VIEW, epoch), index)
+            base = keyed.key(self.split_seed, Purpose.NUMBER, Purpose.NUMBER)
+            return keyed.keys(keyed.keys(base, numbers), index), numbers
+        keys = keyed.keys(keyed.key(seed, Purpose.VIEW, epoch), index)
         if self.count is None:
             return keys, None
         flipped, down, right = shifts(keys, self.flip, self.pad_crop).T

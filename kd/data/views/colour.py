@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kd.data.views.crop import draws
+from kd.keyed import Purpose
 from kd.util.device import to_device
 
-JITTER = 18  # what a key is for
 ONE = 1 << 16
 
 
@@ -102,7 +102,7 @@ def draw_jitter(keys: Tensor, strengths: list[float]) -> tuple[Tensor, Tensor]:
     As torchvision's ColorJitter draws them: a factor uniform in 1 - strength to 1 + strength, not below 0; a shift in
     -strength to strength; an order uniform over all.
     """
-    uniform = draws(keys, JITTER, 8)
+    uniform = draws(keys, Purpose.JITTER, 8)
     strength = torch.tensor(strengths, dtype=torch.double)
     middle = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.double)
     low = torch.where(middle == 1, (middle - strength).clamp(min=0), -strength)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from kd import keyed
+from kd.keyed import Purpose
 from kd.util.device import to_device
 
-CROP, ERASE = 16, 17  # what a key is for
 TRIES = 10
 
 
-def draws(keys: Tensor, purpose: int, number: int) -> Tensor:
+def draws(keys: Tensor, purpose: Purpose, number: int) -> Tensor:
     """Independent uniform float64 (B, number) in [0, 1), for this purpose alone."""
     keys = keyed.keys(keyed.keys(keys, torch.tensor(purpose))[:, None], torch.arange(number))
     return keyed.uniform(keys).double()
@@ -59,7 +59,7 @@ def draw_crops(keys: Tensor, size: tuple[int, int], smallest: float) -> Tensor:
         smallest: the least share of the image's area.
     """
     ratio = (3 / 4, 4 / 3)
-    found, fits = boxes(draws(keys, CROP, 2 * TRIES + 2), size, (smallest, 1.0), ratio, whole=True)
+    found, fits = boxes(draws(keys, Purpose.CROP, 2 * TRIES + 2), size, (smallest, 1.0), ratio, whole=True)
     height, width = size
     h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))  # the largest in the middle
     return torch.where(fits[:, None], found, torch.tensor([(height - h) // 2, (width - w) // 2, h, w]))
@@ -93,7 +93,7 @@ def _between(values: Tensor, dim: int, start: Tensor, length: Tensor) -> Tensor:
 
 def draw_erased(keys: Tensor, size: tuple[int, int], probability: float) -> Tensor:
     """Rectangles int64 (B, 4) as torchvision's RandomErasing draws them, 2 to 33 % of the area; empty for the rest."""
-    uniform = draws(keys, ERASE, 2 * TRIES + 3)
+    uniform = draws(keys, Purpose.ERASE, 2 * TRIES + 3)
     found, fits = boxes(uniform[:, 1:], size, (0.02, 0.33), (1 / 3.3, 1 / 0.3), whole=False)
     return found * (fits & (uniform[:, 0] < probability))[:, None]
 

@@ -15,13 +15,11 @@ from kd import keyed
 from kd.data.views.crop import draws, inside
 from kd.util.device import to_device
 
-MIX, PARTNER = 20, 21  # what a key is for
-
 
 def partners(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """For each image the position of the other one below `count`, int64 (B,), and the key of the other one's view."""
-    keys = keyed.keys(keys, torch.tensor(PARTNER))
-    return keyed.integers(keys, count), keyed.keys(keys, torch.tensor(PARTNER))
+    keys = keyed.keys(keys, torch.tensor(keyed.Purpose.PARTNER))
+    return keyed.integers(keys, count), keyed.keys(keys, torch.tensor(keyed.Purpose.PARTNER))
 
 
 def draw_mixes(keys: Tensor, size: tuple[int, int], mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
@@ -34,7 +32,7 @@ def draw_mixes(keys: Tensor, size: tuple[int, int], mixup: float, cutmix: float)
         size: (H, W) of the images.
         mixup, cutmix: their alphas; 0 for none.
     """
-    uniform = draws(keys, MIX, 4)
+    uniform = draws(keys, keyed.Purpose.MIX, 4)
     cut = uniform[:, 0] < (0.5 if mixup and cutmix else 1.0 if cutmix else 0.0)
     share = torch.where(cut, _beta(uniform[:, 1], cutmix or 1.0), _beta(uniform[:, 1], mixup or 1.0))
     limit = torch.tensor(size)

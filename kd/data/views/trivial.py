@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kd.data.views.colour import brightness, by_group, contrast, saturation, sharpness
 from kd.data.views.crop import draws
+from kd.keyed import Purpose
 from kd.util.device import to_device
 
-TRIVIAL = 19  # what a key is for
 BINS = 31
 
 
@@ -139,7 +139,7 @@ OPERATIONS = tuple(operation for operation, *_ in _SPACE)
 
 def draw_trivial(keys: Tensor) -> tuple[Tensor, Tensor]:
     """The operation's number (B,) for each key, and what each operation would get, float64 (B, 14)."""
-    uniform = draws(keys, TRIVIAL, 3)
+    uniform = draws(keys, Purpose.TRIVIAL, 3)
     which, bins = (uniform[:, 0] * len(_SPACE)).long(), (uniform[:, 1] * BINS).long()
     sign = torch.where(uniform[:, 2] < 0.5, -1.0, 1.0)
     columns = [base + strengths[bins] * (sign if signed else 1.0) for _operation, strengths, signed, base in _SPACE]
