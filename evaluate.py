@@ -17,26 +17,35 @@ def main(argv: list[str] | None = None) -> int:
     from kd.run.parse import parse
 
     config = parse(EvaluateConfig, argv, positional="runs")
-    runs = list(dict.fromkeys(config.runs))
 
     from accelerate import Accelerator  # --help needs none of these
 
     from kd.measure.compare import compare, find_baseline
     from kd.measure.evaluation import Evaluator
     from kd.report import write_report
-    from kd.report.tables import all_notes, content, render, to_json
-    from kd.run.folder import write_atomic
+    from kd.report.tables import all_notes, content, render, to_json, verdicts
+    from kd.run.folder import is_run, write_atomic
     from kd.train import zero
     from kd.train.setup import keep_freed_memory, on_cpu, set_threads
 
+    runs = list(dict.fromkeys(config.runs))
+    others = [run for run in runs if Path(run).is_dir() and not is_run(run)]
+    runs = [run for run in runs if run not in others] or runs  # what is wrong with the only ones is an error
     find_baseline(runs, config.baseline)
     set_threads()
     keep_freed_memory()
     with zero.hidden():  # to ask networks needs no engine
         accelerator = Accelerator(cpu=on_cpu())
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result alone
+        for folder in sorted({*others} - {*runs}):
+            say(f"note: {folder} is passed over: it holds no run")
         evaluator = Evaluator(config, accelerator)
-        results = [evaluator.measure(run) for run in runs]
+        for run in runs:  # a mistake is known before the first is measured
+            evaluator.open(run)
+        results = []
+        for i, run in enumerate(runs, 1):
+            say(f"measure: {run} ({i} of {len(runs)})")
+            results.append(evaluator.measure(run))
     if accelerator.is_main_process:
         groups = compare([result.row for result in results], config.baseline)
         print(render(results, groups, config.format), flush=True)
@@ -50,9 +59,11 @@ def main(argv: list[str] | None = None) -> int:
             if config.report:
                 files = write_report(Path(config.report), results, groups)
                 say(f"wrote {config.report}/: {', '.join(file.name for file in files)}")
+        if config.format in ("table", "markdown") and verdicts(groups):
+            print(*verdicts(groups), sep="\n", flush=True)
     accelerator.end_training()
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "the runs are as they were, the same command measures them again")

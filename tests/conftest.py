@@ -75,7 +75,11 @@ def call(capsys):
 def assert_one_line(result: Result, *words: str) -> None:
     """The script refused with one line on stderr that has all these words, and an exit status of 1 or 2."""
     assert result.status in (1, 2), result.out + result.err
-    messages = ("data: ", "note: ")  # evaluate.py says there what it does, since its stdout holds the result alone
+    messages = (
+        "data: ",
+        "note: ",
+        "measure: ",
+    )  # evaluate.py says there what it does, since its stdout holds the result alone
     lines = [line for line in result.err.splitlines() if line.strip() and not line.startswith(messages)]
     assert len(lines) == 1, result.err
     assert lines[0].startswith("error: ")

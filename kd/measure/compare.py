@@ -62,14 +62,11 @@ def mcnemar(only_one: int, only_other: int) -> float:
         only_one, only_other: how many images only the one, and only the other, gets right.
 
     Returns:
-        The two-sided p of as uneven a share of these images if either network were as likely to have each:
-        twice the binomial's tail, from integers.
+        The two-sided p of as uneven a share of these images if either network were as likely to have each.
     """
-    count, term, tail = only_one + only_other, 1, 1
-    for i in range(min(only_one, only_other)):
-        term = term * (count - i) // (i + 1)
-        tail += term
-    return min(1.0, 2 * tail / 2**count)
+    from scipy.stats import binomtest  # a second to import, which a notebook's `kd.runs` need not wait for
+
+    return float(binomtest(only_one, only_one + only_other).pvalue) if only_one + only_other else 1.0
 
 
 def bootstrap(correct: Tensor, replicates: int = REPLICATES) -> Tensor:
@@ -141,7 +138,8 @@ def compare(rows: list[dict], baseline: str | None = None) -> list[dict]:
         `name`, `runs`, `n`, `seeds`; `spread` of each metric of `AVERAGED`; `num_params`, `multiply_adds`;
         `baseline` (a group's name), `difference`, `interval` (95 %, paired bootstrap over images and over runs) and
         `mcnemar` (a test for each pair of runs, those of equal seeds where there are such), None without one;
-        `alone`, `gain` over it and `gap_closed`, the percent of the teacher's lead over it that the student has;
+        `alone`, `gain` over it and `gap_closed`, the percent of the teacher's lead over it that the student has, None
+        where the gain's interval holds 0;
         `front`: whether it is on the Pareto front of top-1 against `multiply_adds`, and against `num_params`; `notes`.
 
     Raises:
@@ -154,28 +152,22 @@ def compare(rows: list[dict], baseline: str | None = None) -> list[dict]:
     run = find_baseline([row["run"] for row in rows], baseline)
     chosen = next((name for name, group in members.items() if any(row["run"] == run for row in group)), None)
 
-    groups = {name: _describe(name, group) for name, group in members.items()}
-
     @functools.cache
     def samples(name: str) -> Tensor:
         return group_mean(bootstrap(_correct(members[name])), list(members).index(name))
 
+    def interval(name: str, other: str) -> list[float]:
+        ends = torch.tensor([0.025, 0.975], dtype=torch.double)
+        return torch.quantile(samples(name) - samples(other), ends).tolist()
+
+    groups = {name: _describe(name, group) for name, group in members.items()}
     for name, group in groups.items():
-        mine = members[name]
-        candidates = [other for other in members if _is_alone(members[other][0], mine[0])]
+        mine, candidates = members[name], [other for other in members if _is_alone(members[other][0], members[name][0])]
         alone = group["alone"] = candidates[0] if len(candidates) == 1 else None
         other = group["baseline"] = alone if chosen is None else chosen if chosen != name else None
-        group.update(_gain(group, groups[alone] if alone else None, mine))
-        group.update(dict.fromkeys(("difference", "interval", "mcnemar")))
-        if other:
-            theirs = members[other]
-            group["difference"] = _top1(group) - _top1(groups[other])
-            group["notes"] += _unlike(name, mine[0], other, theirs[0])
-            if mine[0]["images"] == theirs[0]["images"]:
-                ends = torch.tensor([0.025, 0.975], dtype=torch.double)
-                group["interval"] = torch.quantile(samples(name) - samples(other), ends).tolist()
-                group["mcnemar"] = [_test(*pair) for pair in _pairs(mine, theirs)]
-        elif chosen is None and "teacher" in mine[0]["config"] and len(groups) > 1:
+        group.update(_gain(group, groups[alone], interval(name, alone), mine) if alone else _NO_GAIN)
+        group.update(_difference(group, groups[other], interval, mine, members[other]) if other else _NO_DIFFERENCE)
+        if other is None and chosen is None and "teacher" in mine[0]["config"] and len(groups) > 1:
             which = f"is one of {', '.join(candidates)}" if candidates else "is not among the runs"
             group["notes"].append(f"{name}: its student alone {which}; --baseline names what to compare with")
         rivals = [rival for rival in groups if members[rival][0]["images"] == mine[0]["images"]]
@@ -190,13 +182,28 @@ def _top1(group: dict) -> float:
     return group["spread"]["top1"]["mean"]
 
 
-def _gain(group: dict, alone: dict | None, rows: list[dict]) -> dict:
+_NO_GAIN = {"gain": None, "gap_closed": None}
+_NO_DIFFERENCE = {"difference": None, "interval": None, "mcnemar": None}
+
+
+def _gain(group: dict, alone: dict, interval: list[float], rows: list[dict]) -> dict:
     """What a group gains over its student alone, and the percent of the teacher's lead that this is."""
-    if alone is None:
-        return {"gain": None, "gap_closed": None}
     gain, teacher = _top1(group) - _top1(alone), spread(row["teacher_top1"] for row in rows)
     lead = teacher["mean"] - _top1(alone) if teacher else 0
-    return {"gain": gain, "gap_closed": 100 * gain / lead if lead > 0 else None}
+    shown = not interval[0] <= 0 <= interval[1]
+    return {"gain": gain, "gap_closed": 100 * gain / lead if lead > 0 and shown else None}
+
+
+def _difference(
+    group: dict, other: dict, interval: Callable[[str, str], list[float]], mine: list[dict], theirs: list[dict]
+) -> dict:
+    """A group against its baseline, with a test and an interval where both were measured on the same images."""
+    group["notes"] += _unlike(group["name"], mine[0], other["name"], theirs[0])
+    found = {**_NO_DIFFERENCE, "difference": _top1(group) - _top1(other)}
+    if mine[0]["images"] == theirs[0]["images"]:
+        found["interval"] = interval(group["name"], other["name"])
+        found["mcnemar"] = [_test(*pair) for pair in _pairs(mine, theirs)]
+    return found
 
 
 def group_names(groups: list[list[dict]]) -> list[str]:

@@ -61,8 +61,8 @@ class Evaluator:
         self._data: dict[str, Data] = {}
         self._logits: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    def measure(self, run: str) -> Measured:
-        """All numbers of one run.
+    def open(self, run: str) -> tuple[Classifier, dict, dict, str, Data, Split]:
+        """A run's network, summary, config, and the data it is measured on with its key, and the split.
 
         Raises:
             UserError: it is missing, unfinished or damaged, or does not fit the data.
@@ -72,11 +72,16 @@ class Evaluator:
         summary, resolved = read_summary(folder), read_yaml(folder / "config.yaml")
         if not isinstance(resolved.get("data"), dict) or not {"seed", "seconds"} <= summary.keys():
             raise UserError(f"run {run!r} is damaged: config.yaml or summary.json lacks fields; train it again")
-        key, data = self._open(resolved["data"])
+        key, data = self._load(resolved["data"])
         _match(classifier, data, run)
         split = getattr(data, self.config.split)
         if split is None:
             raise UserError(f"run {run!r} was trained without a validation split; use --split test")
+        return classifier, summary, resolved, key, data, split
+
+    def measure(self, run: str) -> Measured:
+        """All numbers of one run; raises what `open` does."""
+        folder, (classifier, summary, resolved, key, data, split) = Path(run), self.open(run)
         view = self._view(split)
         name = (str(folder.resolve()), key)
         logits, labels = self._predict(name, classifier, data, view)
@@ -131,7 +136,7 @@ class Evaluator:
         every = [value for values in row["corruptions"].values() for value in values]
         row["corruption_mean"] = sum(every) / len(every)
 
-    def _open(self, settings: dict) -> tuple[str, Data]:
+    def _load(self, settings: dict) -> tuple[str, Data]:
         settings = {name: value for name, value in settings.items() if name in _DATA_FIELDS}
         if self.config.source:  # the run's subset and validation are not those of other images
             settings.update(source=self.config.source, num_train=None)
@@ -146,7 +151,7 @@ class Evaluator:
 
     def _ask(self, network, data: Data, split: Split) -> tuple[Tensor, Tensor]:
         """Logits (N, K) in the order of the data's classes, and labels (N,)."""
-        logits, labels = predict(network, split, self.config.batch_size, self.accelerator)
+        logits, labels = predict(network, split, self.config.batch_size, self.accelerator, "measure")
         if isinstance(network, Classifier):
             logits = logits[:, [network.classes.index(name) for name in data.classes]]
         return logits, labels

@@ -74,27 +74,22 @@ def calibration_error(logits: Tensor, labels: Tensor, num_bins: int = 15) -> flo
 def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """The temperature T that makes softmax(logits / T) the likeliest: temperature scaling, section 4.2 of Guo et al.
 
-    To be fitted on validation images. The mean NLL is convex in 1 / T; its minimum is found by Newton's method, which
-    halves its bracket where a step would leave it, in float64 and without randomness.
+    To be fitted on validation images. The mean NLL is convex in 1 / T: its minimum is where its slope is 0.
 
     Returns:
         T, or None where the NLL has no minimum between 1/1000 and 1000: every image is right, so that the more certain
         is always the likelier, or the logits say nothing about the labels.
     """
+    from scipy.optimize import brentq  # slow to import
+
     logits = logits.double()
     true = logits.gather(1, labels[:, None])[:, 0]
-    low, high, inverse = 1e-3, 1e3, 1.0
-    for _ in range(200):
-        probabilities = (inverse * logits).softmax(1)
-        mean = (probabilities * logits).sum(1)
-        slope = (mean - true).mean().item()
-        curvature = (probabilities * (logits - mean[:, None]).square()).sum(1).mean().item()
-        low, high = (low, inverse) if slope > 0 else (inverse, high)
-        step = inverse - slope / curvature if curvature > 0 else math.nan
-        before, inverse = inverse, step if low < step < high else math.sqrt(low * high)
-        if abs(inverse - before) <= 1e-13 * inverse:
-            break
-    return 1 / inverse if 1.001e-3 < inverse < 0.999e3 and math.isfinite(slope) else None
+
+    def slope(log_inverse: float) -> float:
+        return (((math.exp(log_inverse) * logits).softmax(1) * logits).sum(1) - true).mean().item()
+
+    ends = math.log(1e-3), math.log(1e3)
+    return math.exp(-brentq(slope, *ends, xtol=1e-12)) if slope(ends[0]) < 0 < slope(ends[1]) else None
 
 
 def per_class_accuracy(logits: Tensor, labels: Tensor) -> list[float | None]:

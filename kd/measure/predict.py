@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from kd.data import Split
 from kd.measure import metrics
@@ -13,17 +14,23 @@ from kd.util.parallel import gather_rows
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, split: Split, batch_size: int, accelerator) -> tuple[Tensor, Tensor]:
+def predict(network: nn.Module, split: Split, batch_size: int, accelerator, title: str = "") -> tuple[Tensor, Tensor]:
     """Logits (N, K) and labels (N,) of a split, on the CPU, in its order, each image once at any number of processes.
 
     Args:
         network: a `Classifier` or a `Teacher`, on the accelerator's device; put in eval mode.
         accelerator: says which of how many processes this is.
         batch_size: images at once over all processes.
+        title: of a progress bar, which a terminal then shows.
     """
     network.eval()
     world, device = accelerator.num_processes, accelerator.device
-    logits = [network(images).float() for images in _own_batches(split, batch_size, accelerator)]
+    hidden = None if title and accelerator.is_main_process else True
+    with tqdm(total=len(split) // world, desc=title, unit="image", disable=hidden, leave=False) as bar:
+        logits = []
+        for images in _own_batches(split, batch_size, accelerator):
+            logits.append(network(images).float())
+            bar.update(len(images))
     mine = torch.cat(logits) if logits else torch.zeros(0, len(network.classes), device=device)
     cuts = _cuts(split, world)
     counts = [cuts[i + 1] - cuts[i] for i in range(world)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import io
 import math
-import os
 import re
 import warnings
 import xml.etree.ElementTree as ET
@@ -22,7 +21,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from kd.measure.compare import group_names, pareto, spread
 from kd.report.tables import class_gains as gains
-from kd.report.tables import shared_folder
+from kd.report.tables import shared_folder as shared_folder
+from kd.report.tables import short_names
 
 INK = "#1b1e23"  # becomes the text's colour on the page, so that the plots are legible in dark mode too
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c46a9c", "#a87a00", "#7f7f7f")
@@ -89,12 +89,6 @@ def _groups(rows: list[dict]) -> dict[str, list[dict]]:
         found.setdefault((row["experiment"], row["images"]), []).append(row)
     names = short_names(group_names(list(found.values())))
     return dict(zip(names, found.values(), strict=True))
-
-
-def short_names(names: list[str]) -> list[str]:
-    """Paths without the folder that they share."""
-    folder = shared_folder(names)
-    return [os.path.relpath(name, folder) for name in names] if folder else names
 
 
 @_plot

@@ -116,6 +116,23 @@ def against(groups: list[dict]) -> list[str]:
     return [f"Gain {'; '.join(parts)}."] if parts else []
 
 
+def verdicts(groups: list[dict]) -> list[str]:
+    """Whether each group is better than its baseline, a sentence each: shown where the 95 % interval leaves out 0."""
+    names = short_names([group["name"] for group in groups])
+    known = {group["name"]: (name, group["n"]) for group, name in zip(groups, names, strict=True)}
+    sentences = []
+    for group in (group for group in groups if group["interval"]):
+        (name, n), (other, theirs) = known[group["name"]], known[group["baseline"]]
+        points, (low, high) = group["difference"], group["interval"]
+        text = f"no difference shown between {name} and {other}"
+        if low > 0:
+            text = f"{name} is better than {other} by {points:.1f} points"
+        elif high < 0:
+            text, low, high = f"{name} is worse than {other} by {-points:.1f} points", -high, -low
+        sentences.append(f"{text} (95 %: {low:.1f} to {high:.1f}{', of one seed' if min(n, theirs) == 1 else ''})")
+    return sentences
+
+
 def corruption_table(rows: list[dict], groups: list[dict]) -> Table:
     """Accuracy in percent of each group, the mean of its runs, for each corruption and severity, and the means."""
     body = []
@@ -192,6 +209,12 @@ def class_gains(rows: list[dict], groups: list[dict]) -> dict[str, dict[str, flo
 
 def _width(text: str) -> int:
     return max(len(line) for line in text.splitlines())
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Paths without the folder that they share."""
+    folder = shared_folder(names)
+    return [os.path.relpath(name, folder) for name in names] if folder else names
 
 
 def shared_folder(names: list[str]) -> str:

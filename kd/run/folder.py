@@ -50,6 +50,11 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def is_run(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds a run, finished or not, or one in the form that is published: weights and config.json."""
+    return any((Path(folder) / name).is_file() for name in ("config.yaml", "model.safetensors"))
+
+
 class Run:
     """One run's folder, opened for writing by the main process and known by path to the others.
 

@@ -22,6 +22,7 @@ from kd.data.decode import UnreadableImage, open_image
 from kd.data.sources import IMAGE_SUFFIXES
 from kd.models import Classifier, load_classifier
 from kd.report.page import thumbnail
+from kd.run.folder import is_run
 from kd.tools.predict_page import Prediction, page
 from kd.util.errors import CommandParser, UserError
 
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--top {arguments.top} must be 1 or more")
     if arguments.html and Path(arguments.html).suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--html {arguments.html!r} must end in .html; it is written anew, so it may not be an image")
-    runs = list(dict.fromkeys(path for path in arguments.paths if _is_run(path)))
+    runs = list(dict.fromkeys(path for path in arguments.paths if is_run(path)))
     if not runs:
         load_classifier(arguments.paths[0])  # its error says what is missing
     files, left_out = find_images([path for path in arguments.paths if path not in runs])
@@ -62,10 +63,6 @@ def main(argv: list[str] | None = None) -> int:
         Path(arguments.html).write_text(page(runs, predictions, left_out), encoding="utf-8")
         print(f"wrote {arguments.html}", file=sys.stderr)
     return 1 if left_out else 0
-
-
-def _is_run(path: str) -> bool:
-    return any((Path(path) / name).is_file() for name in ("config.yaml", "model.safetensors"))
 
 
 def find_images(paths: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]]:

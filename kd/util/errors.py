@@ -84,11 +84,11 @@ def _stop(number: int, _frame) -> None:
     raise _Stopped(number)
 
 
-def run_script(main: Callable[[], int | None]) -> None:
+def run_script(main: Callable[[], int | None], then: str = "the same command goes on from the last checkpoint") -> None:
     """Run a script's `main` and turn what a user can cause into one line on stderr and an exit status.
 
     The status is `main`'s own (None is 0), 2 for a UserError, 1 for a full or broken disk, 128 + the signal's number
-    when a signal ended it (130 for Ctrl-C).
+    when a signal ended it (130 for Ctrl-C); `then` is what is said after that.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _stop)
@@ -99,7 +99,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     except (KeyboardInterrupt, _Stopped) as stopped:
         number = stopped.args[0] if isinstance(stopped, _Stopped) else signal.SIGINT
         name = signal.Signals(number).name
-        status = _fail(f"stopped by {name}; the same command goes on from the last checkpoint", 128 + number)
+        status = _fail(f"stopped by {name}; {then}", 128 + number)
     except RuntimeError as error:
         message = _lost_worker(error) or _lost_contact(error)
         if message is None:

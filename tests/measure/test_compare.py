@@ -219,6 +219,15 @@ def test_no_share_of_a_gap_that_is_not_there():
     assert compare.compare(rows)[0]["gap_closed"] is None
 
 
+def test_no_share_of_a_gap_where_no_gain_is_shown():
+    rows = [row("kd", {**DISTILLED, "teacher": "t"}, range(10), teacher_top1=95.0), row("a", ALONE, range(1, 12))]
+    (group, _) = compare.compare(rows)
+    assert group["gain"] == 1
+    assert group["interval"][0] <= 0 <= group["interval"][1]
+    assert group["gap_closed"] is None
+    assert compare.compare(rows, "kd")[0]["gap_closed"] is None
+
+
 def test_names_of_groups_differ():
     rows = [row(f"r/{name}", ALONE, range(9), seed) for seed, name in enumerate("ab")]
     rows += [row(f"r/{name}", TEACHER, range(9), seed) for seed, name in enumerate("cd")]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import os
+import runpy
+import shutil
 
 import pytest
 import torch
-from conftest import write_image
+from conftest import assert_one_line, write_image
 
 import kd
 from kd.data import load_data
@@ -158,6 +162,37 @@ def test_seeds_are_compared_with_the_student_alone(call, teacher_run, runs, tmp_
     assert len({row["images"] for row in rows.values()}) == 1
 
 
+def test_what_is_no_run_is_passed_over_and_all_runs_are_opened_before_the_first_is_measured(call, runs, tmp_path):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/results.json").write_text("{}")
+    result = call("evaluate", runs[0], tmp_path / "report", runs[2], "--latency", "false")
+    assert result.status == 0, result.err
+    lines = result.err.splitlines()
+    assert f"note: {tmp_path / 'report'} is passed over: it holds no run" in lines
+    measured = [line for line in lines if line.startswith("measure: ")]
+    assert measured == [f"measure: {runs[0]} (1 of 2)", f"measure: {runs[2]} (2 of 2)"]
+    assert "(95 %: " in result.out.splitlines()[-1]
+    shutil.copytree(runs[2], tmp_path / "unfinished")
+    (tmp_path / "unfinished/summary.json").unlink()
+    result = call("evaluate", runs[0], tmp_path / "unfinished")
+    assert_one_line(result, "unfinished", "is not finished")
+    assert "measure: " not in result.err
+
+
+def test_ctrl_c_has_words_of_its_own(monkeypatch, runs):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kd.measure.evaluation.Evaluator.measure", interrupted)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(runs[0])])
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+        runpy.run_path("evaluate.py", run_name="__main__")
+    assert ended.value.code == 130
+    *_, last = errors.getvalue().splitlines()
+    assert last == "error: stopped by SIGINT; the runs are as they were, the same command measures them again"
+
+
 @pytest.mark.slow
 def test_every_format_holds_the_same_numbers_and_stdout_nothing_else(call, teacher_run, runs, tmp_path):
     arguments = (teacher_run, *runs, "--latency", "false")
@@ -267,8 +302,6 @@ def test_all_corruptions_are_a_table_beside_the_clean_numbers(call, runs):
 
 
 def test_a_run_of_nans_is_measured_and_its_json_stays_json(call, runs, tmp_path):
-    import shutil
-
     from kd.models import load_classifier
 
     shutil.copytree(runs[0], tmp_path / "broken")
