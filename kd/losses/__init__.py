@@ -1,5 +1,8 @@
 """The terms an objective can be made of, by name. One file a paper."""
 
+import inspect
+import sys
+
 from kd.losses.activation_boundary import AB
 from kd.losses.attention_transfer import AT
 from kd.losses.base import FeatureLoss, LogitLoss, Loss, RelationLoss, Setting, SoftenedLoss, StagesLoss
@@ -77,5 +80,12 @@ __all__ = [
     "Setting",
     "SoftenedLoss",
     "StagesLoss",
+    "paper",
     *LOSSES,
 ]
+
+
+def paper(loss: type[Loss]) -> str:
+    """The first paragraph of a loss's file that has an address; "" if there is none."""
+    paragraphs = inspect.getdoc(sys.modules[loss.__module__]).split("\n\n")
+    return next((" ".join(paragraph.split()) for paragraph in paragraphs if "http" in paragraph), "")

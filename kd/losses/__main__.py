@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 
-from kd.losses import LOSSES
+from kd.losses import LOSSES, paper
 
 
 def main() -> int:
@@ -16,11 +16,9 @@ def main() -> int:
     width = max(map(len, LOSSES))
     for name, loss in LOSSES.items():
         what = inspect.getdoc(loss).splitlines()[0]
-        paragraphs = inspect.getdoc(sys.modules[loss.__module__]).split("\n\n")
-        paper = next((" ".join(paragraph.split()) for paragraph in paragraphs if "http" in paragraph), "")
         print(f"{name:{width}}  {what}{' [global batch]' if loss.sees_batch else ''}")
-        if paper:
-            print(f"{'':{width}}  {paper}")
+        if source := paper(loss):
+            print(f"{'':{width}}  {source}")
     return 0
 
 

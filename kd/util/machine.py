@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 import torch
@@ -68,8 +70,8 @@ def peak_memory_mb(device: torch.device) -> float | None:
 
 
 def git_commit() -> str | None:
-    """The commit these scripts are at, with `-dirty` if they were changed since; None outside git."""
-    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    """The commit these scripts are at, with `-dirty` if they were changed since; None where it is not known."""
+    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or _installed_from()[1]
 
 
 def git_branch() -> str | None:
@@ -77,12 +79,35 @@ def git_branch() -> str | None:
     return _git("rev-parse", "--abbrev-ref", "HEAD")
 
 
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+def install_command() -> str:
+    """How others get this library, in Markdown: from where it was cloned or installed, if that is a public address."""
+    url, commit = _git("remote", "get-url", "origin") or _installed_from()[0] or "", git_commit() or ""
+    if not re.match(r"https://[^@]*$", url):  # a path, or an address with a name or a password in it
+        return f"`pip install .` in its repository{f' at commit {commit}' if commit else ''}"
+    return f"`pip install git+{url}@{commit.removesuffix('-dirty')}`"
+
+
+def _installed_from() -> tuple[str | None, str | None]:
+    """Address and commit that pip noted of an installed copy, see
+    https://packaging.python.org/en/latest/specifications/direct-url/"""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        noted = json.loads(distribution("kd").read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        noted = {}
+    found = noted.get("vcs_info") or {}
+    return (noted["url"], found["commit_id"]) if found.get("vcs") == "git" else (None, None)
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints about the repository of this file; None outside one, also for a copy in a folder that it ignores:
+    an environment may lie in the repository of another project."""
+    at = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        for command in ([*at, "ls-files", "--error-unmatch", Path(__file__).name], [*at, *arguments]):
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.strip()
 
 
 def end_with_parent() -> None:

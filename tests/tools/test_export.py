@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -22,9 +23,10 @@ from kd.data import load_data
 from kd.models import View, build_classifier
 from kd.run.config import DataConfig
 from kd.tools.export import formats
-from kd.tools.export.card import model_card
+from kd.tools.export.card import escaped, model_card
 from kd.tools.export.command import _arguments
 from kd.tools.export.images import RunImages
+from kd.util import machine
 from kd.util.errors import UserError
 
 COMMAND = "kd.tools.export.command"
@@ -219,12 +221,13 @@ def test_a_hub_folder_loads_again_and_its_card_says_what_the_run_says(call, seed
     summaries = [json.loads((run / "summary.json").read_text()) for run in seeds]
     values = [summary["test_accuracy"] for summary in summaries]
     assert card.data.license == "apache-2.0"
+    assert card.data.model_name == "-".join(seeds[0].parts[-2:])
     assert "knowledge-distillation" in card.data.tags
     assert card.data.eval_results[0].metric_value == pytest.approx(values[0] / 100, abs=1e-4)
     teacher = json.loads((teacher_run / "summary.json").read_text())
     for part in (
         f"| test accuracy, % | {values[0]:.2f} | {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} |",
-        f"| test accuracy of the teacher {'/'.join(teacher_run.parts[-2:])}, % | {teacher['test_accuracy']:.2f} |",
+        f"of the teacher {escaped('/'.join(teacher_run.parts[-2:]))}, % | {teacher['test_accuracy']:.2f} |",
         "mean ± standard deviation of 3 seeds",
         "Seeds: 0, 1, 2.",
         "0.9 * KL(temperature=4.0, standardize=False) + 0.1 * CrossEntropy(label_smoothing=0.0)",
@@ -234,6 +237,7 @@ def test_a_hub_folder_loads_again_and_its_card_says_what_the_run_says(call, seed
         "(`mnist_teacher`, 221,962 parameters)",
         "kd.load(snapshot_download(",
         "These weights: apache-2.0.",
+        f"With the `kd` library, version {kd.__version__}: `pip install ",
     ):
         assert part in text, part
     assert "One run:" not in text
@@ -254,6 +258,39 @@ def test_the_card_names_every_view_of_the_training_images(seeds):
     (seeds[0] / "config.yaml").write_text(yaml.safe_dump(config))
     words = "colour jitter 0.4/0.4/0.4/0.1, a rectangle erased in 25% of the images, mixup (alpha 0.2)"
     assert f"views of the training images: {words}\n" in model_card(seeds[:1])
+
+
+def test_class_names_are_shown_as_they_are(seeds):
+    network = json.loads((seeds[0] / "config.json").read_text())
+    network["classes"][:3] = ["*bold*", "a_b|c", "<img src=x>\n# head"]
+    (seeds[0] / "config.json").write_text(json.dumps(network))
+    text = model_card(seeds[:1])
+    assert r"Its 10 classes: \*bold\*, a\_b\|c, \<img src=x\> \# head, 3, " in text
+
+
+def test_the_card_names_the_file_of_a_network_of_the_users_own(seeds, tmp_path, monkeypatch):
+    file = tmp_path / "own_net_of_the_card.py"
+    file.write_text("class Net: ...\n")
+    network = json.loads((seeds[0] / "config.json").read_text())
+    network.update(model="own_net_of_the_card.Net", model_args={"width": 8})
+    (seeds[0] / "config.json").write_text(json.dumps(network))
+    assert "`own_net_of_the_card.Net` (width=8) with 15,562 parameters" in model_card(seeds[:1])
+    needed = ", which defines the network, is needed too and is not in this folder."
+    assert f"The module `own_net_of_the_card`{needed}" in model_card(seeds[:1])
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("own_net_of_the_card")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    named = f"The module `own_net_of_the_card` (`{file.name}`, sha256 {digest}){needed}"
+    assert named in model_card(seeds[:1])
+
+
+@pytest.mark.parametrize("address", ["https://example.org/kd.git", "/srv/kd", "https://me:secret@example.org/kd"])
+def test_the_library_comes_from_a_public_address_or_its_repository(address, monkeypatch):
+    known = {"remote": address, "describe": "abc-dirty"}
+    monkeypatch.setattr(machine, "_git", lambda command, *_: known[command])
+    public = "`pip install git+https://example.org/kd.git@abc`"
+    alone = "`pip install .` in its repository at commit abc-dirty"
+    assert machine.install_command() == (public if address.endswith("kd.git") else alone)
 
 
 def test_a_spread_is_of_runs_that_differ_by_the_seed_alone(call, seeds, teacher_run, tmp_path):
