@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         if run.finished:
             return 0
         data = load_data(config.data)
-        teacher = load_teacher(config.teacher, data.classes, config.teacher_mean, accelerator.device)
+        teacher = load_teacher(config.teacher, data.classes, config.teacher_mean, accelerator.device, config.trust_code)
         student = build_student(data, config, teacher)
         distiller = Distiller(student, config.losses, teacher, data.image_shape, data.train_labels, config.seed)
         announce(distiller, data, config, accelerator)

@@ -7,23 +7,25 @@ them, and `kd.plots` draws both.
 __version__ = "0.1.0"
 
 
-def load(run, device="cpu"):
+def load(run, device="cpu", trust=False):
     """Load the network of a finished run, ready for images.
 
     Args:
         run: the run's folder (holds `config.json` and `model.safetensors`).
         device: where the network is put.
+        trust: whether to run code that the folder names: the import path of a network that is not one of ours or of
+            torchvision. Only True if you know whose code it is.
 
     Returns:
         A `kd.models.Classifier` in eval mode: call it on uint8 images (B, C, H, W) for logits (B, K), or call its
         `predict` on files or PIL images for class names and probabilities.
 
     Raises:
-        kd.util.errors.UserError: the folder is missing, unfinished or damaged.
+        kd.util.errors.UserError: the folder is missing, unfinished or damaged, or names code that is not trusted.
     """
     from kd.models import load_classifier  # torchvision is slow to import; `import kd` is not
 
-    return load_classifier(run, device)
+    return load_classifier(run, device, trust)
 
 
 def runs(folder):

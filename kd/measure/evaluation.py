@@ -68,7 +68,7 @@ class Evaluator:
             UserError: it is missing, unfinished or damaged, or does not fit the data.
         """
         folder = Path(run)
-        classifier = load_classifier(folder, self.accelerator.device)
+        classifier = load_classifier(folder, self.accelerator.device, self.config.trust_code)
         summary, resolved = read_summary(folder), read_yaml(folder / "config.yaml")
         if not isinstance(resolved.get("data"), dict) or not {"seed", "seconds"} <= summary.keys():
             raise UserError(f"run {run!r} is damaged: config.yaml or summary.json lacks fields; train it again")
@@ -169,7 +169,7 @@ class Evaluator:
         names = [names] if isinstance(names, str) else names
         label = f"{measured.name}: its teacher {' + '.join(names)}"
         try:
-            teacher = load_teacher(names, data.classes, mean, self.accelerator.device)
+            teacher = load_teacher(names, data.classes, mean, self.accelerator.device, self.config.trust_code)
         except UserError as error:
             measured.notes.append(f"{label} cannot be compared with: {error}")
             return

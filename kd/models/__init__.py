@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
 import inspect
 import json
 import re
@@ -21,6 +20,7 @@ from kd.models.cifar import CIFAR_NETS
 from kd.models.dropout import use_keyed_dropout
 from kd.models.fold import folded
 from kd.models.frozen import freeze, freeze_all_but, state_hash
+from kd.models.own import import_builder
 from kd.models.preprocess import Preprocess, View
 from kd.models.reused_head import ReusedHead, reuse_head
 from kd.models.small import SMALL_NETS
@@ -124,7 +124,7 @@ class Classifier(nn.Module):
     def twin(self) -> Classifier:
         """The same classifier with random weights, without taps, to be filled with weights."""
         with torch.random.fork_rng(devices=[]):
-            network = build_network(self.recipe["model"], len(self.classes), self.recipe["model_args"])
+            network = build_network(self.recipe["model"], len(self.classes), self.recipe["model_args"], trust=True)
         twin = Classifier(network, self.preprocess.view, self.classes, self.recipe)
         twin.head = self.head
         return twin
@@ -155,45 +155,45 @@ def model_names() -> list[str]:
     return [*_OWN_NETS, *torchvision_nets.names()]
 
 
-def build_network(name: str, num_classes: int, model_args: dict | None = None) -> nn.Module:
+def build_network(name: str, num_classes: int, model_args: dict | None = None, trust: bool = False) -> nn.Module:
     """A network with random weights.
 
     Args:
         name: one of `model_names()`, or the import path of your own function or class taking `num_classes`.
         num_classes: K.
         model_args: further keyword arguments of the network.
+        trust: whether an import path, here or in the arguments, may be run: it came from the user, not from a file.
 
     Raises:
-        UserError: the name or an argument is unknown.
+        UserError: the name or an argument is unknown, or names code that is not trusted.
     """
     arguments = dict(model_args or {})
     if _of_torchvision(name):
         return torchvision_nets.build_torchvision(name, num_classes, **arguments)
-    builder = {**_OWN_NETS, **_MADE_BY_SCRIPTS}.get(name) or _import(name)
-    signature = inspect.signature(builder)
-    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+    given = {"num_classes": num_classes, **({"trust": trust} if name in _MADE_BY_SCRIPTS else {})}
+    builder = {**_OWN_NETS, **_MADE_BY_SCRIPTS}.get(name) or _import(name, trust)
+    parameters = inspect.signature(builder).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in arguments:
-            if key not in signature.parameters or key == "num_classes":
-                known = [p for p in signature.parameters if p != "num_classes"]
-                raise unknown(f"argument of {name}", key, known)
+            if key not in parameters or key in given:
+                raise unknown(f"argument of {name}", key, [p for p in parameters if p not in given])
     try:
-        return builder(num_classes=num_classes, **arguments)
+        network = builder(**given, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"cannot build {name}: {error}") from None
+    if not isinstance(network, nn.Module):
+        raise UserError(f"the model {name!r} gives no torch.nn.Module but {type(network).__name__}")
+    return network
 
 
 def _of_torchvision(name: str) -> bool:
     return name not in _OWN_NETS and name in torchvision_nets.names()
 
 
-def _import(path: str):
-    module, _, attribute = path.rpartition(".")
-    if not module:
+def _import(path: str, trust: bool):
+    if "." not in path:
         raise unknown("model", path, model_names(), "or the import path of your own, as my_package.MyNet")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"cannot import the model {path!r}: {error}") from None
+    return import_builder(path, trust)
 
 
 def build_classifier(
@@ -207,6 +207,7 @@ def build_classifier(
     """A network with its first weights, its head sized for the classes, its backbone frozen if asked.
 
     Args:
+        name: as `build_network` takes it; the user's own word, so an import path is run.
         weights: None for random ones, `imagenet` or the name of a torchvision entry, or a file (.safetensors, or .pth
             holding a state dict). The head is replaced unless the file's has exactly as many classes.
         freeze_backbone: train the head only; all else keeps its weights and its batch statistics.
@@ -220,7 +221,7 @@ def build_classifier(
     elif freeze_backbone:
         raise UserError(f"freeze_backbone would freeze the random weights of {name}; give weights too")
     if state is None:
-        network = build_network(name, len(classes), model_args)
+        network = build_network(name, len(classes), model_args, trust=True)
         head = torchvision_nets.head_name(network)
     else:
         network, head = _with_weights(name, state, len(classes), model_args, weights)
@@ -255,12 +256,12 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
 def _with_weights(name, state, num_classes, model_args, weights) -> tuple[nn.Module, str]:
     """The network with a state dict in it, and the name of its head."""
     with torch.random.fork_rng(devices=[]):  # the head's first weights must not depend on how the rest was filled
-        network = build_network(name, num_classes, model_args)
+        network = build_network(name, num_classes, model_args, trust=True)
     head = torchvision_nets.head_name(network)
     rows = state[f"{head}.weight"].shape[0] if f"{head}.weight" in state else None
     if rows not in (None, num_classes):
         with torch.random.fork_rng(devices=[]):
-            network = build_network(name, rows, model_args)
+            network = build_network(name, rows, model_args, trust=True)
     try:
         network.load_state_dict(
             {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
@@ -273,7 +274,7 @@ def _with_weights(name, state, num_classes, model_args, weights) -> tuple[nn.Mod
     return network, head
 
 
-def load_classifier(run: str | Path, device: str | torch.device = "cpu") -> Classifier:
+def load_classifier(run: str | Path, device: str | torch.device = "cpu", trust: bool = False) -> Classifier:
     """The network of a finished run, in eval mode; see `kd.load`."""
     folder = Path(run)
     if not folder.is_dir():
@@ -292,9 +293,11 @@ def load_classifier(run: str | Path, device: str | torch.device = "cpu") -> Clas
         view, classes = View(**config["preprocess"]), config["classes"]
         recipe = {"model": config["model"], "model_args": config["model_args"]}
         with torch.random.fork_rng(devices=[]):
-            network = build_network(recipe["model"], len(classes), recipe["model_args"])
+            network = build_network(recipe["model"], len(classes), recipe["model_args"], trust)
         network.load_state_dict(state)
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"run {str(run)!r} is damaged: {reason}; train it again with --overwrite true") from None
+    except UserError as error:
+        raise UserError(f"run {str(run)!r}: {error}") from None
     return Classifier(network, view, classes, recipe).eval().to(device)

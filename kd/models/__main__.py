@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, help="side of the images in pixels; default the network's usual, or 224")
     parser.add_argument("--num_classes", type=int, default=10)
     arguments = parser.parse_args(argv)
-    network = build_network(arguments.name, arguments.num_classes)
+    network = build_network(arguments.name, arguments.num_classes, trust=True)
     size = arguments.size or getattr(network, "image_size", None) or getattr(network, "usual_size", 224)
     try:
         shapes = tap_shapes(network, (3, size, size))

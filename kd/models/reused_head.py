@@ -33,6 +33,7 @@ class ReusedHead(nn.Module):
         teacher_map: the shape of the map whose average the teacher's head takes.
         factor: the projector's inner convolution has the teacher's channels divided by this; of 2, 4 and 8, for which
             the authors report results, 2 is the best.
+        trust: see `build_network`.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class ReusedHead(nn.Module):
         student_map: list[int],
         teacher_map: list[int],
         factor: int = 2,
+        trust: bool = False,
     ):
         from kd.models import build_network  # which knows this class
 
@@ -54,7 +56,7 @@ class ReusedHead(nn.Module):
         for channels_in, channels_out, size in ((mine, inner, 1), (inner, inner, 3), (inner, theirs, 1)):
             layers += [nn.Conv2d(channels_in, channels_out, size, padding=size // 2, bias=False)]
             layers += [nn.BatchNorm2d(channels_out), nn.ReLU()]
-        self.body = up_to(build_network(student, num_classes, student_args), student_tap)
+        self.body = up_to(build_network(student, num_classes, student_args, trust), student_tap)
         self.align = _align(sides, [min(pair) for pair in zip(sides, wanted, strict=True)])
         self.projector = nn.Sequential(*layers)
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -166,7 +168,7 @@ def reuse_head(student, teacher, image_shape: tuple[int, int, int], tap: str | N
         "student_map": list(expected.shape[1:]),
         "teacher_map": teacher_map,
     }
-    network = build_network("reused_head", len(student.classes), model_args)
+    network = build_network("reused_head", len(student.classes), model_args, trust=True)
     state = student.network.state_dict()
     network.body.load_state_dict({key: state[key] for key in network.body.state_dict()})
     recipe = {"model": "reused_head", "model_args": model_args}

@@ -12,6 +12,7 @@ from kd.losses import Loss
 FREE_FIELDS = (
     "output_dir",
     "overwrite",
+    "trust_code",
     "report_to",
     "project",
     "group",
@@ -245,6 +246,9 @@ class TrainConfig:
     """CPU threads of each process; null for all cores, shared by this machine's processes, or $OMP_NUM_THREADS"""
     overwrite: bool = False
     """delete what an earlier run left in output_dir and start anew"""
+    trust_code: bool = False
+    """run the code of a network that a teacher's or init_from's config.json names by import path; true only if it is
+    yours"""
     deterministic: bool = False
     """use only deterministic algorithms on a GPU (slower there; a CPU always does)"""
 
@@ -355,7 +359,12 @@ class EvaluateConfig:
     latency: bool = True
     """measure times on this machine, for batches of 1, 8 and 64 images"""
     cache_dir: str | None = None
-    """where decoded images are kept; default $KD_CACHE or ~/.cache/kd"""
+    """where decoded images are kept; default $KD_CACHE or ~/.cache/kd, whatever the run says"""
+    download_dir: str | None = None
+    """where named sets are; default CACHE_DIR/downloads, whatever the run says"""
+    trust_code: bool = False
+    """run the code of networks that config.json of a run or of its teacher names by import path; true only if it is
+    yours"""
 
     def __post_init__(self):
         _require(self.batch_size >= 1, f"batch_size {self.batch_size} must be 1 or more")

@@ -74,6 +74,7 @@ def parse(config_class, argv: list[str] | None, positional: str | None = None):
     config.resolved = {name: value for name, value in resolved.items() if name in chosen}
     if "overwrite" in chosen:
         config.resolved["overwrite"] = False  # or a run started again from its own config.yaml would delete itself
+    config.resolved.pop("trust_code")  # what a run may do is said by who starts it, each time
     return config
 
 

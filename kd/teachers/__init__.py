@@ -79,21 +79,23 @@ def _float(feature: Tensor) -> Tensor:
     return feature.clone() if feature.dtype == torch.float32 else feature.float()
 
 
-def load_teacher(names: str | list[str], classes: Sequence[str], mean: str, device: torch.device) -> Teacher:
+def load_teacher(
+    names: str | list[str], classes: Sequence[str], mean: str, device: torch.device, trust: bool = False
+) -> Teacher:
     """A teacher from run folders, or torchvision classifiers with their ImageNet weights, by name.
 
     A run's classes must be the student's, in any order. A torchvision classifier may know more (ImageNet's 1000): its
-    logits of the student's classes are used.
+    logits of the student's classes are used. `trust` is that of `kd.load`.
 
     Raises:
-        UserError: a folder is missing, unfinished or damaged, or classes do not match.
+        UserError: a folder is missing, unfinished, damaged or names code that is not trusted, or classes do not match.
     """
     names = [names] if isinstance(names, str) else names
-    members = [_load_member(name, classes) for name in names]
+    members = [_load_member(name, classes, trust) for name in names]
     return Teacher(members, classes, mean).to(device)
 
 
-def _load_member(name: str, classes: Sequence[str]) -> Classifier:
+def _load_member(name: str, classes: Sequence[str], trust: bool) -> Classifier:
     if name in torchvision_nets.names() and not Path(name).is_dir():
         entry = torchvision_nets.pretrained(name, "imagenet")
         known = entry.meta["categories"]
@@ -107,7 +109,7 @@ def _load_member(name: str, classes: Sequence[str]) -> Classifier:
         view = View(resize=shape.resize_size[0], crop=shape.crop_size[0], mean=tuple(shape.mean), std=tuple(shape.std))
         say(f"teacher {name}: the logits of the {len(classes)} classes among its {len(known)} are used")
         return build_classifier(name, known, view, weights="imagenet")
-    member = load_classifier(name)
+    member = load_classifier(name, trust=trust)
     missing, extra = [c for c in classes if c not in member.classes], [c for c in member.classes if c not in classes]
     if missing or extra:
         raise UserError(

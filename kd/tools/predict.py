@@ -7,6 +7,7 @@ python -m kd.predict runs/mine/teacher runs/mine/kd photos/ --top 3 --html predi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top", type=int, default=1, metavar="K", help="the K best classes of each image")
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
     parser.add_argument("--html", metavar="FILE", help="write a page with the images too, which needs no other file")
+    parser.add_trust()
     arguments = parser.parse_intermixed_args(argv)
     if arguments.top < 1:
         raise UserError(f"--top {arguments.top} must be 1 or more")
@@ -51,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     if not files:
         reasons = [f"{name!r}: {why}" for name, why in left_out] or ["no image is given; name files or folders"]
         raise UserError("; ".join(reasons))
-    networks = {run: load_classifier(run) for run in runs}
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result alone
+        networks = {run: load_classifier(run, trust=arguments.trust_code) for run in runs}
     predictions, unreadable = ask(networks, files, arguments.top, thumbnails=bool(arguments.html))
     left_out += unreadable
     for name, why in left_out:

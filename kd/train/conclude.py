@@ -91,7 +91,7 @@ def _teacher(config, data: Data, accelerator) -> Teacher | None:
     if not hasattr(config, "teacher"):
         return None
     try:
-        return load_teacher(config.teacher, data.classes, config.teacher_mean, accelerator.device)
+        return load_teacher(config.teacher, data.classes, config.teacher_mean, accelerator.device, config.trust_code)
     except UserError as error:
         say(f"the teacher is not shown beside the student: {error}")
         return None

@@ -157,7 +157,7 @@ def build_trained(name: str, data: Data, config) -> Classifier:
     torch.manual_seed(config.seed)
     classifier = build_classifier(name, data.classes, view, config.model_args, config.weights, config.freeze_backbone)
     if config.init_from:
-        first = load_classifier(config.init_from)
+        first = load_classifier(config.init_from, trust=config.trust_code)
         if first.classes != data.classes:
             raise UserError(f"init_from {config.init_from!r} has other classes than the data, or in another order")
         try:

@@ -33,6 +33,17 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **arguments):
         super().__init__(allow_abbrev=False, **arguments)
 
+    def add_trust(self) -> None:
+        """The flag `--trust_code true` of the commands that load runs."""
+        self.add_argument(
+            "--trust_code",
+            type=lambda text: {"true": True, "false": False}.get(text, text),
+            choices=(True, False),
+            default=False,
+            metavar="{true,false}",
+            help="true: run the code of a network that a run's config.json names by import path; only if it is yours",
+        )
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; {self.prog} --help explains each")
 

@@ -43,7 +43,18 @@ WRONG = [
         ("--model", "mnist_studnt"), ["unknown model 'mnist_studnt'", "did you mean 'mnist_student'"], id="model"
     ),
     pytest.param(("--model", "nowhere.Net"), ["cannot import the model 'nowhere.Net'"], id="model import path"),
-    pytest.param(("--model", "os.path.Net"), ["cannot import the model 'os.path.Net'"], id="model attribute"),
+    pytest.param(("--model", "conftest.Net"), ["cannot import the model 'conftest.Net'"], id="model attribute"),
+    pytest.param(
+        ("--model", "math.pi"), ["the model 'math.pi' is of math", "a module of your own"], id="model of Python"
+    ),
+    pytest.param(
+        ("--model", "torch.hub.load", "--model_args", '{"repo_or_dir": ".", "model": "net", "source": "local"}'),
+        ["the model 'torch.hub.load' is of torch", "a module of your own"],
+        id="model of torch",
+    ),
+    pytest.param(("--model", "conftest.ROOT"), ["'conftest.ROOT' is neither a torch.nn.Module class"], id="no class"),
+    pytest.param(("--model", "conftest.Image"), ["'conftest.Image' is neither a torch.nn.Module class"], id="no net"),
+    pytest.param(("--model", ".."), ["the model '..' is no import path"], id="model of dots"),
     pytest.param(
         ("--model", "resnet18", "--weights", "IMAGENET1K_V9"),
         ["IMAGENET1K_V9", "resnet18", "known: imagenet, IMAGENET1K_V1"],

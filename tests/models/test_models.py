@@ -356,10 +356,10 @@ def test_your_own_network_by_import_path(tmp_path, monkeypatch):
         "    return nn.Sequential(nn.Conv2d(3, width, 3), nn.Flatten(), nn.Linear(width * 36, num_classes))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    network = build_network("my_nets.tiny", 5, {"width": 4})
+    network = build_network("my_nets.tiny", 5, {"width": 4}, trust=True)
     assert network(torch.zeros(1, 3, 8, 8)).shape == (1, 5)
     with pytest.raises(UserError, match=r"unknown argument of my_nets.tiny 'wdth' \(did you mean 'width'"):
-        build_network("my_nets.tiny", 5, {"wdth": 4})
+        build_network("my_nets.tiny", 5, {"wdth": 4}, trust=True)
 
 
 def test_keyed_dropout_is_a_function_of_the_key():

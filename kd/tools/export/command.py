@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched, not even to check an export
     run, to = Path(arguments.runs[0]), arguments.to
-    classifier = load_classifier(run)
+    classifier = load_classifier(run, trust=arguments.trust_code)
     folder, files = _target(arguments, run)
     there = [name for name in files if (folder / name).exists()]
     if there and not arguments.overwrite:
@@ -87,6 +87,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="of onnx and torch: take uint8 images (inside, the default) or prepared ones")  # fmt: skip
     parser.add_argument("--license", metavar="NAME", help="of hub: the licence of these weights, for the model card")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_trust()
     arguments = parser.parse_intermixed_args(argv)
     for flag, formats in (("quantize", ("onnx",)), ("preprocess", tuple(SUFFIXES)), ("license", ("hub",))):
         if getattr(arguments, flag) and arguments.to not in formats:
@@ -149,7 +150,7 @@ def _quantize(images: RunImages, prepare, file: Path) -> dict:
 
 def _write_folder(arguments, run: Path, classifier: Classifier, folder: Path) -> None:
     """What `kd.load` reads, and for the Hub a model card."""
-    loaded = to_folder(run, folder)
+    loaded = to_folder(run, folder, arguments.trust_code)
     assert state_hash(loaded.network) == state_hash(classifier.network), "the copy is the run's network"
     if arguments.to == "hub":
         (folder / "README.md").write_text(model_card([Path(name) for name in arguments.runs], arguments.license))

@@ -130,11 +130,11 @@ def _traced(what: str, trace: Callable):
         logging.disable(level)
 
 
-def to_folder(run: Path, folder: Path) -> Classifier:
+def to_folder(run: Path, folder: Path, trust: bool) -> Classifier:
     """Copy what `kd.load` needs, and load it from there."""
     for name in ("model.safetensors", "config.json"):
         shutil.copyfile(run / name, folder / name)
-    return load_classifier(folder)
+    return load_classifier(folder, trust=trust)
 
 
 def describe(classifier: Classifier, run: Path, inputs: Tensor, inside: bool) -> dict:

@@ -1,0 +1,154 @@
+"""A stranger's files are data: what a run folder names is not run, not deleted and not obeyed without bounds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import assert_one_line
+from refusing import _one_thread, out, runs, teacher, train  # noqa: F401 (fixtures)
+
+import kd
+from kd.util.errors import UserError
+
+
+def rewrite(run: Path, **fields) -> None:
+    """Change fields of a run's config.json."""
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+# Names of code
+
+NET = """
+from pathlib import Path
+from torch.hub import load
+from kd.models.small import SMALL_NETS
+Path(__file__).with_name("ran").touch()
+def net(num_classes=10):
+    return SMALL_NETS["mnist_teacher"](num_classes=num_classes)
+"""
+HUB = {"repo_or_dir": "evil", "model": "net", "source": "local"}
+OF_EVIL = "the network 'evil.hubconf.net' is code (in "
+REUSED = {"student_args": {}, "student_tap": "pool", "student_map": [8, 1, 1], "teacher_map": [8, 1, 1]}
+NAMES = {
+    "import path": ("evil.hubconf.net", {}, OF_EVIL),
+    "path that is not found": ("evil.nothing.net", {}, "the network 'evil.nothing.net' is code (not found here)"),
+    "hub": ("torch.hub.load", HUB, "the model 'torch.hub.load' is of torch"),
+    "shell": ("os.system", {"command": "touch evil/ran"}, "the model 'os.system' is of os"),
+    "builtin": ("builtins.exec", {}, "the model 'builtins.exec' is of builtins"),
+    "own reused head": ("reused_head", {**REUSED, "student": "evil.hubconf.net"}, OF_EVIL),
+    "hub's reused head": ("reused_head", {**REUSED, "student": "torch.hub.load", "student_args": HUB}, "is of torch"),
+    "two reused heads": (
+        "reused_head",
+        {**REUSED, "student": "reused_head", "student_args": {**REUSED, "student": "evil.hubconf.net"}},
+        OF_EVIL,
+    ),
+    "trust by itself": ("reused_head", {**REUSED, "student": "evil.hubconf.net", "trust": True}, "'trust'"),
+}
+DOORS = {
+    "evaluate": ("evaluate", "RUN", "--latency", "false"),
+    "predict": ("kd.predict", "RUN", "docs/speed.png"),
+    "export": ("kd.export", "RUN", "--to", "safetensors"),
+    "card": ("kd.export", "RUN", "--to", "hub"),
+    "teacher": ("distill", "--teacher", "RUN"),
+    "init_from": ("train_teacher", "--init_from", "RUN", "--model", "mnist_teacher"),
+}
+
+
+@pytest.fixture
+def evil(tmp_path, monkeypatch):
+    """A folder on the path with `evil/hubconf.py`, which leaves the file `evil/ran` where it is run."""
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil/hubconf.py").write_text(NET)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path / "evil"
+    for name in ("evil", "evil.hubconf"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def enter(call, train, teacher):
+    """Give the run `teacher` to one of DOORS."""
+
+    def run(door: str, *more):
+        script, *words = [str(teacher) if word == "RUN" else word for word in DOORS[door]]
+        if script in ("distill", "train_teacher"):
+            return train(*words, *more, script=script)
+        return call(script, *words, *more)
+
+    return run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_names_code(teacher, evil, monkeypatch, name):
+    model, arguments, words = NAMES[name]
+    rewrite(teacher, model=model, model_args=arguments)
+    monkeypatch.chdir(evil.parent)
+    with pytest.raises(UserError) as refusal:
+        kd.load(teacher)
+    assert words in str(refusal.value)
+    assert str(teacher) in str(refusal.value)
+    assert not (evil / "ran").exists()
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_code_is_run_by_no_door_until_it_is_trusted(teacher, evil, enter, door):
+    rewrite(teacher, model="evil.hubconf.net")
+    assert_one_line(enter(door), OF_EVIL + str(evil / "hubconf.py"), "--trust_code true")
+    assert not (evil / "ran").exists()
+    result = enter(door, "--trust_code", "true")
+    assert result.status == 0, result.err
+    assert f"own code: evil.hubconf.net in {evil / 'hubconf.py'}\n" in result.out + result.err
+    assert (evil / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["hub", "shell", "builtin", "trust by itself"])
+def test_trust_goes_no_further_than_networks_of_ones_own(teacher, evil, monkeypatch, name):
+    model, arguments, words = NAMES[name]
+    rewrite(teacher, model=model, model_args=arguments)
+    monkeypatch.chdir(evil.parent)
+    with pytest.raises(UserError, match=words):
+        kd.load(teacher, trust=True)
+    assert not (evil / "ran").exists()
+
+
+def test_what_a_trusted_module_has_from_elsewhere_is_not_its_own(teacher, evil, monkeypatch):
+    rewrite(teacher, model="evil.hubconf.load", model_args=HUB)
+    monkeypatch.chdir(evil.parent)
+    with pytest.raises(UserError, match="is of torch"):
+        kd.load(teacher, trust=True)
+
+
+def test_a_teacher_that_a_stranger_s_run_names(runs, teacher, evil, call, tmp_path):
+    rewrite(teacher, model="evil.hubconf.net")
+    student = Path(shutil.copytree(runs / "student", tmp_path / "student"))
+    config = yaml.safe_load((student / "config.yaml").read_text())
+    terms = [{"class_path": "evil.hubconf.Term", "init_args": {}}]
+    config |= {"teacher": str(teacher), "teacher_mean": "logits", "losses": terms, "student": config.pop("model")}
+    (student / "config.yaml").write_text(yaml.safe_dump(config))
+    result = call("evaluate", student, "--latency", "false", "--report", tmp_path / "report")
+    assert result.status == 0, result.err
+    assert f"its teacher {teacher} cannot be compared with: run '{teacher}': {OF_EVIL}" in result.err
+    assert call("kd.export", student, "--to", "hub").status == 0
+    kd.runs(tmp_path).frame()
+    assert not (evil / "ran").exists()
+
+
+def test_ones_own_network_is_resumed_and_vouched_for_once_more_elsewhere(train, out, evil, call):
+    command = ("--model", "evil.hubconf.net", "--log_every", 1)
+    assert train(*command).status == 0
+    assert (evil / "ran").exists()
+    (out / "summary.json").unlink()
+    assert train(*command).status == 0
+    assert "trust_code" not in yaml.safe_load((out / "config.yaml").read_text())
+    assert_one_line(call("evaluate", out, "--latency", "false"), OF_EVIL)
+    assert call("evaluate", out, "--latency", "false", "--trust_code", "true").status == 0
+
+
+def test_trust_is_true_or_false(call, teacher):
+    assert_one_line(call("kd.predict", teacher, "docs/speed.png", "--trust_code", "maybe"), "--trust_code", "'maybe'")
