@@ -24,9 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     from kd.measure.evaluation import Evaluator
     from kd.report import write_report
     from kd.report.tables import all_notes, content, render, to_json, verdicts
-    from kd.run.folder import is_run, write_atomic
+    from kd.run.folder import is_run
     from kd.train import zero
     from kd.train.setup import keep_freed_memory, on_cpu, set_threads
+    from kd.util.files import write_atomic
 
     runs = list(dict.fromkeys(config.runs))
     others = [run for run in runs if Path(run).is_dir() and not is_run(run)]

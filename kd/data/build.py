@@ -18,8 +18,8 @@ from tqdm import tqdm
 from kd.data.decode import OtherSize, UnreadableImage, image_size
 from kd.data.sources import RawSplit
 from kd.data.stream import in_workers, unreadable
-from kd.util.aside import built_aside
 from kd.util.errors import UserError
+from kd.util.files import built_aside, write_atomic
 from kd.util.machine import num_cores
 
 FEW = 512  # images that are decoded sooner than processes have started
@@ -168,9 +168,7 @@ def examined(file: Path, splits: dict[str, RawSplit], recipe: Recipe, size) -> t
             break
         if bad[name] and not recipe.skip_unreadable:
             raise unreadable([(split.name(place), why) for place, why in bad[name]])
-    aside = file.with_name(f"{file.name}.tmp-{os.getpid()}")
-    aside.write_text(json.dumps({"differ": differ, "bad": bad}))
-    aside.replace(file)
+    write_atomic(file, json.dumps({"differ": differ, "bad": bad}).encode())
     return differ, bad
 
 

@@ -25,7 +25,7 @@ from kd.report.tables import (
     speed_table,
     to_json,
 )
-from kd.run.folder import write_atomic
+from kd.util.files import write_atomic
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 MOST_TEMPERATURES = 5

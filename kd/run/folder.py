@@ -21,33 +21,10 @@ import yaml
 from filelock import FileLock, Timeout
 
 from kd.run.parse import differing_fields, read_yaml
-from kd.util.errors import UserError, say, writing
+from kd.util.errors import UserError, say
+from kd.util.files import write_atomic
 
 FILES = ("config.yaml", "model.safetensors", "config.json", "metrics.jsonl", "summary.json", "tracker.json")
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that after a crash it holds either all of the new content or what it held before."""
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with writing(path), open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def is_run(folder: str | os.PathLike) -> bool:

@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd.data import Split
-from kd.util.aside import built_aside
 from kd.util.errors import say, writing
+from kd.util.files import built_aside
 
 BATCH_SIZE = 128
 LIMIT_BYTES = 4 * 2**30  # a larger table is not made: reading it back would cost what it saves

@@ -25,9 +25,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from kd.util.aside import built_aside
 from kd.util.device import to_device
 from kd.util.errors import say
+from kd.util.files import built_aside
 from kd.util.mapped import announce
 
 FORMAT = 1

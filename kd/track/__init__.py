@@ -12,13 +12,14 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from kd.run.folder import Run, write_atomic
+from kd.run.folder import Run
 from kd.track.job import Job, describe
 from kd.track.outcome import Outcome, hardest
 from kd.track.tensorboard_run import TensorBoardRun
 from kd.track.trackio_run import TrackioRun
 from kd.track.wandb_run import WandbRun, has_key
 from kd.util.errors import UserError, say, writing
+from kd.util.files import write_atomic
 
 __all__ = ["Job", "Outcome", "Tracker", "choose_tracker", "hardest", "has_key", "tracker_arguments"]
 

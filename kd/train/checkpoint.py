@@ -14,18 +14,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import safetensors.torch
 from torch import Tensor
 
-from kd.run.folder import sync_folder
-from kd.util.errors import say, writing
+from kd.util.errors import is_main_process, say
+from kd.util.files import built_aside, delete, sync_folder, write_synced
 from kd.util.parallel import share_out
 
 KEEP = 2
+_WHOLE = re.compile(r"step_\d{8}")
+_HALF = re.compile(r"step_\d{8}\.tmp-\d+|\.tmp-step_\d{8}")  # the second as an earlier version named them
 
 
 @dataclass
@@ -58,37 +61,24 @@ def save_checkpoint(folder: Path, progress: Progress, tensors: dict[str, dict[st
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{progress.step:08d}"
-    aside = folder / f".tmp-{final.name}"
-    for left in folder.glob(".tmp-*"):  # by a kill, of this step or another
-        shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir()
-    try:
+    for left in folder.iterdir():  # by a kill, of this step or another
+        if _HALF.fullmatch(left.name):
+            delete(left, folder)
+    with built_aside(final) as aside:
         digests = {}
         for stem, named in tensors.items():
             named = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
             content = safetensors.torch.save(named)
             digests[f"{stem}.safetensors"] = hashlib.sha256(content).hexdigest()
-            _write(aside / f"{stem}.safetensors", content)
+            write_synced(aside / f"{stem}.safetensors", content)
         state = {"progress": asdict(progress), "sha256": digests}
-        _write(aside / "state.json", json.dumps({**state, "sha256_of_this": _digest(state)}, indent=1).encode())
+        content = json.dumps({**state, "sha256_of_this": _digest(state)}, indent=1).encode()
+        write_synced(aside / "state.json", content)
         sync_folder(aside)
-        if final.exists():  # the same step written before a signal; the newer one has the same content
-            shutil.rmtree(final)
-        os.rename(aside, final)
-    except OSError:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     sync_folder(folder)
-    for old in checkpoints(folder)[KEEP:]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in [path for path in checkpoints(folder) if path != final][KEEP - 1 :]:  # never the one just written
+        delete(old, folder)
     return final
-
-
-def _write(path: Path, content: bytes) -> None:
-    with writing(path), open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _digest(value) -> str:
@@ -96,18 +86,32 @@ def _digest(value) -> str:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole or damaged checkpoints, the newest first; half-written ones have another name."""
-    return sorted(folder.glob("step_*"), reverse=True)
+    """Whole or damaged checkpoints, the newest first; what has another name is half-written or not ours."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if _WHOLE.fullmatch(path.name)), reverse=True)
 
 
 def load_newest(folder: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]] | None:
-    """The newest checkpoint whose checksums hold; a damaged one is passed over, and said. None if there is none."""
+    """The newest checkpoint whose checksums hold; None if there is none.
+
+    A damaged one is said and, by the main process, moved aside to `damaged_step_N`.
+    """
     for path in checkpoints(folder):
         try:
             return _load(path)
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
             say(f"checkpoint {path} is damaged ({error}); using the one before it")
+        if is_main_process():
+            _move_aside(path)
     return None
+
+
+def _move_aside(path: Path) -> None:
+    """Let a damaged checkpoint no longer count among the newest; it stays where the disk does not allow that."""
+    place = path.with_name(f"damaged_{path.name}")
+    delete(place, path.parent)
+    with suppress(OSError):
+        os.rename(path, place)
 
 
 def _load(path: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]:

@@ -577,7 +577,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_bad_weights(refused, out, break
 def test_no_space_left(train, out, monkeypatch):
     import kd.train.checkpoint
 
-    write, calls = kd.train.checkpoint._write, []
+    write, calls = kd.train.checkpoint.write_synced, []
 
     def full(path, content):
         calls.append(path)
@@ -586,7 +586,7 @@ def test_no_space_left(train, out, monkeypatch):
         write(path, content)
 
     with monkeypatch.context() as patched:
-        patched.setattr(kd.train.checkpoint, "_write", full)
+        patched.setattr(kd.train.checkpoint, "write_synced", full)
         result = train("--checkpoint_every", 1)
     assert_one_line(result, "no space left", str(out), "run the same command")
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_00000001"]

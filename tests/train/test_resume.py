@@ -74,10 +74,10 @@ def uninterrupted(tmp_path_factory) -> Path:
         # renamed; while an old one is deleted; between the results' files
         *slow(
             [("kd.train.meter.Meter.add", 1)],
-            [("kd.train.checkpoint._write", 2)],
-            [("kd.train.checkpoint._write", 2), ("kd.train.checkpoint._write", 5)],
-            [("kd.train.checkpoint.os.rename", 3)],
-            [("kd.train.checkpoint.shutil.rmtree", 4)],
+            [("kd.train.checkpoint.write_synced", 2)],
+            [("kd.train.checkpoint.write_synced", 2), ("kd.train.checkpoint.write_synced", 5)],
+            [("kd.util.files.os.rename", 3)],
+            [("kd.train.checkpoint.delete", 1)],
             [("kd.run.folder.write_atomic", 3), ("kd.run.folder.write_atomic", 2)],
         ),
     ],

@@ -1,0 +1,75 @@
+"""Files and folders that are there whole or not at all, and the one way in which something of ours is deleted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kd.util.errors import writing
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that after a crash it holds either all of the new content or what it held before."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        write_synced(aside, content, path)
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_synced(path: Path, content: bytes, named: Path | None = None) -> None:
+    """Write a file and wait until the disk has it; an error names `named`, by default the file itself."""
+    with writing(named or path), open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def built_aside(folder: Path) -> Iterator[Path]:
+    """A new empty folder that takes the place of `folder` when it has been filled, and is deleted where that failed.
+
+    The caller holds the lock of `folder`: what other builders left aside is of dead ones, and deleted.
+    """
+    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    for left in folder.parent.glob(f"{folder.name}.tmp-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def delete(path: Path, inside: Path) -> None:
+    """Delete a file or a folder that lies in the folder `inside`, at any depth; of a link the link alone.
+
+    What is not there, or cannot be deleted, is let be.
+
+    Raises:
+        ValueError: the path leads out of `inside`.
+    """
+    place, within = path.parent.resolve() / path.name, inside.resolve()
+    if path.name in ("", "..") or within not in place.parents:
+        raise ValueError(f"{path} does not lie in {inside} and is not deleted")
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
