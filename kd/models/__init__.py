@@ -64,7 +64,7 @@ class Classifier(nn.Module):
         self._dropouts = use_keyed_dropout(network)
         # A network of the user's own may use `view`, which channels_last breaks.
         model = recipe["model_args"]["student"] if recipe["model"] == "reused_head" else recipe["model"]
-        self._any_order = model in model_names()
+        self._any_order = model in _OWN_NETS or _of_torchvision(model)
         self._taps = Taps(network)
         self.head: str | None = None  # the head's dotted name where all else is frozen
 
@@ -114,7 +114,7 @@ class Classifier(nn.Module):
         was_training, results = self.training, []
         self.eval()
         for image in images:
-            pixels = torch.from_numpy(np.ascontiguousarray(read_image(image, view.channels, view.source_size)))
+            pixels = torch.from_numpy(np.array(read_image(image, view.channels, view.source_size), order="C"))
             probabilities = self(pixels[None].to(device)).softmax(1)[0]
             best = probabilities.topk(min(top, len(self.classes)))
             results.append([(self.classes[i], p) for i, p in zip(*(part.tolist() for part in best[::-1]), strict=True)])
@@ -187,7 +187,9 @@ def build_network(name: str, num_classes: int, model_args: dict | None = None, t
 
 
 def _of_torchvision(name: str) -> bool:
-    return name not in _OWN_NETS and name in torchvision_nets.names()
+    """Whether torchvision builds it; torchvision, which takes a second to import, is only looked at where it may."""
+    ours = name in _OWN_NETS or name in _MADE_BY_SCRIPTS or "." in name
+    return not ours and name in torchvision_nets.names()
 
 
 def _import(path: str, trust: bool):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import SHARED, write_image
+from conftest import ROOT, SHARED, write_image
 from PIL import Image
 from torch import nn
 
@@ -398,6 +400,18 @@ def test_load_gives_the_network_its_classes_and_its_preprocessing(teacher_run, t
     assert sum(probability for _, probability in results[0]) == pytest.approx(1, abs=1e-5)
     write_image(tmp_path / "big.jpg", (200, 10, 10), size=(640, 480))  # any size and colour
     assert len(network.predict([tmp_path / "big.jpg", Image.new("L", (5, 9))])) == 2
+
+
+@pytest.mark.slow
+def test_a_small_network_of_ours_is_loaded_and_predicts_without_torchvision_and_without_a_warning(teacher_run):
+    code = (
+        "import sys, kd, numpy\n"
+        "print(kd.load(sys.argv[1]).predict([numpy.zeros((9, 7, 3), numpy.uint8)]))\n"
+        "assert 'torchvision' not in sys.modules"
+    )
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code, str(teacher_run)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_loading_needs_no_pickle_and_leaves_the_generator_alone(teacher_run):
