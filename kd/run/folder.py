@@ -61,6 +61,11 @@ class Run:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"output_dir {str(self.folder)!r} is a file; name a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
+        if links := sorted(path.name for path in self.folder.iterdir() if path.is_symlink()):
+            raise UserError(
+                f"output_dir {str(self.folder)!r} holds links ({', '.join(links[:3])}), and a run writes and deletes "
+                f"nothing outside its folder; name another output_dir, or put there what they point to"
+            )
         owner = self.folder / ".owner"
         lock = FileLock(self.folder / ".lock", timeout=0)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -137,12 +138,21 @@ def _identity(note: Path, name: str) -> tuple[str, bool]:
     """The tracker run's id, kept in the run folder, and whether it was there: a restart goes on in the same one.
 
     An agent of W&B's sweeps gives the id of the run that it waits for.
+
+    Raises:
+        UserError: it is no id, and would become part of a path.
     """
     known = json.loads(note.read_text()) if note.is_file() else {}
     resumed = f"{name}_id" in known
     if not resumed:
         given = os.environ.get("WANDB_RUN_ID") if name == "wandb" and "WANDB_SWEEP_ID" in os.environ else None
         known[f"{name}_id"] = given or secrets.token_hex(4)
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", str(known[f"{name}_id"])):
+        raise UserError(
+            f"{note}: {name}_id {known[f'{name}_id']!r} is no id, which has letters, digits, _ and - only; delete the "
+            f"file, and a new run of the tracker begins"
+        )
+    if not resumed:
         write_atomic(note, json.dumps(known).encode())
     return known[f"{name}_id"], resumed
 

@@ -6,7 +6,6 @@ import logging
 import netrc
 import os
 import re
-import shutil
 from pathlib import Path
 from signal import SIGTERM, SIGUSR1
 from urllib.parse import urlparse
@@ -16,6 +15,7 @@ from accelerate import Accelerator
 from kd.track.job import Job, TrackerRun
 from kd.track.outcome import Outcome
 from kd.util.errors import say
+from kd.util.files import delete
 
 # The summary holds the best of these, and it is known which way is better; the others' last values.
 BEST = {"val/accuracy": "max", "val/nll": "min", "train/loss": "min", "epoch/loss": "min"}
@@ -94,7 +94,7 @@ class WandbRun(TrackerRun):
         one replaces the other.
         """
         for record in self.job.folder.glob(f"wandb/offline-run-*-{self.job.identity}"):
-            shutil.rmtree(record)
+            delete(record, self.job.folder)
 
     def _use(self, folder: Path) -> None:
         """Name a teacher's network as this run's input: the same files are the same artifact as its own run's output.

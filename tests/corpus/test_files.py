@@ -13,6 +13,7 @@ from conftest import assert_one_line
 from refusing import _one_thread, out, runs, teacher, train  # noqa: F401 (fixtures)
 
 import kd
+from kd.track import _identity
 from kd.util.errors import UserError
 
 
@@ -152,3 +153,39 @@ def test_ones_own_network_is_resumed_and_vouched_for_once_more_elsewhere(train, 
 
 def test_trust_is_true_or_false(call, teacher):
     assert_one_line(call("kd.predict", teacher, "docs/speed.png", "--trust_code", "maybe"), "--trust_code", "'maybe'")
+
+
+# Names of what is deleted
+
+
+@pytest.fixture
+def victim(tmp_path) -> Path:
+    """A folder of the user's beside the run, which nothing may touch."""
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim/file").write_text("the user's own")
+    yield tmp_path / "victim"
+    assert (tmp_path / "victim/file").read_text() == "the user's own"
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+@pytest.mark.parametrize("identity", ["x/../../../victim", "../victim", "", "*", "a b", "a\n", 7.5, ["a"]])
+def test_an_id_that_is_a_path(tmp_path, tracker, identity):
+    note = tmp_path / "tracker.json"
+    note.write_text(json.dumps({f"{tracker}_id": identity}))
+    with pytest.raises(UserError, match=r"tracker\.json.*is no id.*delete the file"):
+        _identity(note, tracker)
+
+
+def test_a_tracker_json_deletes_no_folder(train, out, victim, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert train().status == 0
+    (out / "summary.json").unlink()
+    (out / "wandb/offline-run-20200101_000000-x").mkdir(parents=True)
+    (out / "tracker.json").write_text('{"wandb_id": "x/../../../victim"}')
+    assert_one_line(train("--report_to", "wandb"), "tracker.json: wandb_id 'x/../../../victim' is no id")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", ".owner", ".config.yaml.tmp"])
+def test_a_run_folder_with_links_is_not_written_into(train, out, victim, name):
+    (out / name).symlink_to(victim if name == "checkpoints" else victim / "file")
+    assert_one_line(train("--overwrite", "true"), f"holds links ({name})", "name another output_dir")
