@@ -87,6 +87,6 @@ def _jpeg(images: Tensor, quality: int) -> Tensor:
         picture = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
         file = io.BytesIO()
         picture.save(file, "JPEG", quality=quality)
-        decoded = np.asarray(Image.open(file))
+        decoded = np.asarray(Image.open(file, formats=["JPEG"]))
         results.append(decoded[None] if decoded.ndim == 2 else decoded.transpose(2, 0, 1))
     return torch.from_numpy(np.stack(results))

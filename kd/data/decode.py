@@ -8,6 +8,9 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# Pillow's other decoders are never started, whatever a file is called: one of them runs Ghostscript.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+
 
 class UnreadableImage(Exception):
     """An image that cannot be decoded; the message says why."""
@@ -21,12 +24,12 @@ class OtherSize(Exception):
 def _opened(image):
     """A PIL image that is not decoded yet, of a path or of bytes; what PIL raises meanwhile, in words."""
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
             yield opened
     except FileNotFoundError:
         raise
     except UnidentifiedImageError:  # its message holds the path or a buffer's address
-        raise UnreadableImage("not an image") from None
+        raise UnreadableImage(f"not an image of a known format ({', '.join(FORMATS)})") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableImage(str(error) or type(error).__name__) from None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import assert_one_line
+from PIL import EpsImagePlugin, Image
 from refusing import _one_thread, out, runs, teacher, train  # noqa: F401 (fixtures)
 
 import kd
@@ -189,3 +190,18 @@ def test_a_tracker_json_deletes_no_folder(train, out, victim, monkeypatch):
 def test_a_run_folder_with_links_is_not_written_into(train, out, victim, name):
     (out / name).symlink_to(victim if name == "checkpoints" else victim / "file")
     assert_one_line(train("--overwrite", "true"), f"holds links ({name})", "name another output_dir")
+
+
+# Images
+
+
+@pytest.mark.parametrize("form", ["EPS", "TGA", "ICO", "PCX", "IM", "DDS"])
+def test_pillow_s_other_decoders_are_not_started(tmp_path, teacher, call, monkeypatch, form):
+    def never(*_arguments, **_named):
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", never)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg", form)
+    result = call("kd.predict", teacher, tmp_path / "x.jpg")
+    assert result.status == 1
+    assert "x.jpg (not an image of a known format (JPEG, PNG, " in result.err

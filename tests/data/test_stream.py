@@ -156,7 +156,7 @@ def test_an_unreadable_image_ends_in_one_line_when_it_is_met(tmp_path, load, wor
 def test_an_image_without_a_head_is_named_at_the_start(tmp_path, load):  # noqa: F811
     folder = photos(tmp_path / "pictures")
     (folder / "test" / "red" / "01.jpg").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"unreadable image: \S*red/01\.jpg \(not an image\)"):
+    with pytest.raises(UserError, match=r"unreadable image: \S*red/01\.jpg \(not an image of a known format"):
         load(folder, store="stream")
 
 
