@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,6 +26,8 @@ class OtherSize(Exception):
 def _opened(image):
     """A PIL image that is not decoded yet, of a path or of bytes; what PIL raises meanwhile, in words."""
     try:
+        if not isinstance(image, bytes) and not stat.S_ISREG(os.stat(image).st_mode):  # a pipe would hang
+            raise UnreadableImage("not a file")
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
             yield opened
     except FileNotFoundError:
@@ -46,18 +50,53 @@ def image_size(image) -> tuple[int, int]:
 
 
 def open_image(image) -> Image.Image:
-    """A decoded PIL image from a path, encoded bytes, a PIL image or a uint8 array (H, W[, C]); EXIF rotation applied.
+    """A decoded PIL image of 8 bits from a path, encoded bytes, a PIL image or an array (H, W[, C]); EXIF rotation
+    applied.
 
     Raises:
-        UnreadableImage: no image, truncated, or too large to be one.
+        UnreadableImage: no image, truncated, too large to be one, or of numbers on no scale that is known.
     """
-    if isinstance(image, Image.Image):
-        return image
     if isinstance(image, np.ndarray):
-        return Image.fromarray(image)
-    with _opened(image) as opened:
-        opened.load()
-        return ImageOps.exif_transpose(opened)
+        return _of_array(image)
+    if isinstance(image, Image.Image):
+        picture = ImageOps.exif_transpose(image)
+    else:
+        with _opened(image) as opened:
+            opened.load()
+            picture = ImageOps.exif_transpose(opened)
+    # PIL's convert() would cut deeper pixels off at 255 instead of scaling them
+    return _of_array(np.asarray(picture)) if picture.mode.startswith(("I", "F")) else picture
+
+
+def _of_array(pixels: np.ndarray) -> Image.Image:
+    try:
+        return Image.fromarray(eight_bits(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels))
+    except TypeError:
+        raise UnreadableImage(f"an array of shape {pixels.shape}, not (H, W), (H, W, 3) or (H, W, 4)") from None
+
+
+def eight_bits(pixels: np.ndarray) -> np.ndarray:
+    """Pixels as uint8, by the scale that their largest value tells: 0 to 1 (floats only), or 8, 12 or 16 bits.
+
+    Files do not say which: cameras of 12 bits write files of 16, whose upper 8 bits would be black.
+
+    Raises:
+        UnreadableImage: they are on none of these scales.
+    """
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype == bool:
+        return pixels.astype(np.uint8) * 255
+    if pixels.dtype.kind not in "iuf" or not pixels.size or not (pixels.min() >= 0 and pixels.max() < 2**16):
+        span = f" from {pixels.min():g} to {pixels.max():g}" if pixels.size and pixels.dtype.kind in "iuf" else ""
+        raise UnreadableImage(
+            f"pixels of {pixels.dtype}{span}; known are 0 to 1 (floating-point), 8, 12 and 16 bits; scale them to one"
+        )
+    high = pixels.max()
+    if pixels.dtype.kind == "f":
+        bits = 0 if high <= 1 else next(bits for bits in (8, 12, 16) if high < 2**bits)
+        return (pixels * (255 if bits == 0 else 2.0 ** (8 - bits))).round().clip(0, 255).astype(np.uint8)
+    return (pixels >> (0 if high < 256 else 4 if high < 4096 else 8)).astype(np.uint8)
 
 
 def read_image(image, channels: int, size: tuple[int, int] | None = None, fit: bool = True) -> np.ndarray:
@@ -72,10 +111,7 @@ def read_image(image, channels: int, size: tuple[int, int] | None = None, fit: b
         UnreadableImage: it cannot be decoded.
         OtherSize: it is not `size` and `fit` is False.
     """
-    picture = open_image(image)
-    if picture.mode.startswith("I"):  # 16 bits: convert() would clip them to 8 instead of scaling
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
-    picture = picture.convert("RGB" if channels == 3 else "L")
+    picture = open_image(image).convert("RGB" if channels == 3 else "L")
     if size is not None and picture.size != (size[1], size[0]):
         if not fit:
             raise OtherSize(f"{picture.size[0]}x{picture.size[1]}")

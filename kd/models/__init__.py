@@ -81,7 +81,7 @@ class Classifier(nn.Module):
 
         Float rows (B, D) are taken for the frozen backbone's features, which the head alone turns into logits.
         """
-        if images.is_floating_point():
+        if self.head is not None and images.ndim == 2:
             return Outputs(self.network.get_submodule(self.head)(images))
         for dropout in self._dropouts:
             dropout.keys = keys
@@ -100,7 +100,8 @@ class Classifier(nn.Module):
         """Class names and probabilities of images, best first.
 
         Args:
-            images: files, PIL images, uint8 arrays (H, W) or (H, W, C), of any sizes.
+            images: files, PIL images, arrays (H, W) or (H, W, C), of any sizes; for arrays that are not uint8 see
+                `kd.data.decode.eight_bits`.
             top: how many classes to return for each.
 
         Returns:

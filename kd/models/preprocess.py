@@ -54,6 +54,11 @@ class Preprocess(nn.Module):
         self.register_buffer("shift", -mean / std, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8:
+            raise TypeError(
+                f"images are uint8 (B, C, H, W), 0 to 255, and these are {images.dtype}; floats on the scale 0 to 1 "
+                f"become it with (255 * images).round().to(torch.uint8)"
+            )
         if self.view.resize is not None:
             images = resize_shorter_side(images.float(), self.view.resize)
         if self.view.crop is not None:

@@ -462,3 +462,10 @@ def test_known_networks_get_channels_last_images_and_a_users_own_may_use_view():
     assert torch.allclose(logits, plain, atol=1e-5)
     own = Classifier(Own(2), View(resize=8), ["a", "b"], {"model": "my.Own", "model_args": {}})
     assert own(images).shape == (2, 2)
+
+
+def test_floats_are_refused_with_the_remedy():
+    network = build_classifier("mnist_student", CLASSES, View(channels=1, mean=(0.5,), std=(0.5,)))
+    for images in (torch.rand(2, 1, 28, 28), torch.rand(2, 28 * 28)):
+        with pytest.raises(TypeError, match=r"images are uint8 .*float32; .*\(255 \* images\)\.round\(\)"):
+            network(images)
