@@ -66,5 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console command: `main` on the command line's arguments, an error of the user's in one line."""
     run_script(main, "the runs are as they were, the same command measures them again")
+
+
+if __name__ == "__main__":
+    command()

@@ -39,5 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         return conclude(fitted, data, config, accelerator, run)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console command: `main` on the command line's arguments, an error of the user's in one line."""
     run_script(main)
+
+
+if __name__ == "__main__":
+    command()

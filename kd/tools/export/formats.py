@@ -101,7 +101,7 @@ def require_onnx() -> None:
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--to onnx needs {', '.join(missing)}; run pip install -r requirements.txt")
+        raise UserError(f"--to onnx needs {', '.join(missing)}; run pip install {' '.join(missing)}")
 
 
 def to_torch(module: nn.Module, example: Tensor, description: dict, file: Path) -> Callable[[Tensor], Tensor]:
