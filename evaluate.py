@@ -24,11 +24,16 @@ def main(argv: list[str] | None = None) -> int:
     from kd.measure.evaluation import Evaluator
     from kd.report import write_report
     from kd.report.tables import all_notes, content, render, to_json, verdicts
-    from kd.run.folder import is_run
+    from kd.run.folder import is_run, refuse_runs_file
     from kd.train import zero
     from kd.train.setup import keep_freed_memory, on_cpu, set_threads
     from kd.util.files import write_atomic
 
+    if config.json:
+        refuse_runs_file(Path(config.json), "--json")
+        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
+    if config.report:
+        Path(config.report).mkdir(parents=True, exist_ok=True)
     runs = list(dict.fromkeys(config.runs))
     others = [run for run in runs if Path(run).is_dir() and not is_run(run)]
     runs = [run for run in runs if run not in others] or runs  # what is wrong with the only ones is an error
@@ -54,7 +59,6 @@ def main(argv: list[str] | None = None) -> int:
             for note in all_notes(results, groups):
                 say(f"note: {note}")
             if config.json:
-                Path(config.json).parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(Path(config.json), to_json(content(results, groups)))
                 say(f"wrote {config.json}")
             if config.report:

@@ -20,7 +20,7 @@ from kd.measure.predict import predict, similarity
 from kd.measure.records import config_of
 from kd.models import Classifier, load_classifier
 from kd.run.config import DataConfig, EvaluateConfig
-from kd.run.folder import read_summary
+from kd.run.contents import read_summary
 from kd.run.parse import read_yaml
 from kd.teachers import load_teacher
 from kd.util.errors import UserError

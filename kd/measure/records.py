@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from kd.measure.compare import experiment
-from kd.run.folder import read_summary
+from kd.run.contents import read_summary
 from kd.run.parse import read_yaml
 from kd.util.errors import UserError, say
 

@@ -1,6 +1,7 @@
 """A run folder: who may write in it, whether it goes on, and what it holds at the end.
 
 config.yaml         all that is needed to run again
+inputs.json         how it began
 model.safetensors   the network's weights
 config.json         what is needed to load the network: its name, classes, preprocessing, the weights' checksum
 metrics.jsonl       one line a log interval and one an epoch
@@ -12,24 +13,51 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
 from filelock import FileLock, Timeout
 
-from kd.run.parse import differing_fields, read_yaml
+from kd.run.contents import read_config, read_json
+from kd.run.parse import differing_fields
 from kd.util.errors import UserError, say
-from kd.util.files import write_atomic
+from kd.util.files import delete, write_atomic
 
-FILES = ("config.yaml", "model.safetensors", "config.json", "metrics.jsonl", "summary.json", "tracker.json")
+FILES = (
+    "config.yaml",
+    "inputs.json",
+    "model.safetensors",
+    "config.json",
+    "metrics.jsonl",
+    "summary.json",
+    "tracker.json",
+)
+_STEP = f"step_{'[0-9]' * 8}"
+# What a run and its trackers and exports write beside these; all else in the folder is the user's.
+_FOLDERS = {
+    "checkpoints": (_STEP, f"{_STEP}.tmp-*", f".tmp-{_STEP}", f"damaged_{_STEP}"),
+    "wandb": ("run-*", "offline-run-*", "latest-run", "debug*.log"),
+    "tensorboard": ("events.out.tfevents.*", "over_*", "[0-9]*.[0-9]*"),
+    "export": ("onnx", "torch", "safetensors", "hub"),
+}
 
 
 def is_run(folder: str | os.PathLike) -> bool:
     """Whether a folder holds a run, finished or not, or one in the form that is published: weights and config.json."""
     return any((Path(folder) / name).is_file() for name in ("config.yaml", "model.safetensors"))
+
+
+def refuse_runs_file(path: Path, flag: str) -> None:
+    """Refuse to write results of another kind over one of a run's own files.
+
+    Raises:
+        UserError: it is one.
+    """
+    if path.name in FILES and is_run(path.parent):
+        raise UserError(f"{flag} {str(path)!r} is a run's file, which would be lost; name another place")
 
 
 class Run:
@@ -48,8 +76,11 @@ class Run:
     def __init__(self, folder: str, config: dict, overwrite: bool, is_main: bool):
         self.folder, self.config, self.overwrite, self.is_main = Path(folder), config, overwrite, is_main
         self._lock = None
+        self._begun = False
         self._settled: dict[str, str] = {}
         if is_main:
+            if overwrite:
+                self._keep_inputs()
             self._take()
             try:
                 self._check()
@@ -57,17 +88,32 @@ class Run:
                 self.__exit__()
                 raise
 
+    def _keep_inputs(self) -> None:
+        """Refuse to delete what this run begins with."""
+        here = Path(os.path.realpath(self.folder))
+        for name in ("teacher", "init_from", "weights"):
+            given = self.config.get(name) or []
+            for path in [given] if isinstance(given, str) else given:
+                there = Path(os.path.realpath(path))
+                if there.exists() and here in (there, *there.parents):
+                    raise UserError(
+                        f"output_dir {str(self.folder)!r} holds {name} {path!r}, which --overwrite true would delete; "
+                        f"name another output_dir"
+                    )
+
     def _take(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"output_dir {str(self.folder)!r} is a file; name a folder")
+        self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         if links := sorted(path.name for path in self.folder.iterdir() if path.is_symlink()):
             raise UserError(
                 f"output_dir {str(self.folder)!r} holds links ({', '.join(links[:3])}), and a run writes and deletes "
                 f"nothing outside its folder; name another output_dir, or put there what they point to"
             )
-        owner = self.folder / ".owner"
-        lock = FileLock(self.folder / ".lock", timeout=0)
+        owner, file = self.folder / ".owner", self.folder / ".lock"
+        self._made_lock = not file.exists()
+        lock = FileLock(file, timeout=0)
         try:
             lock.acquire()
         except Timeout:
@@ -79,35 +125,67 @@ class Run:
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
 
     def _check(self) -> None:
-        """Refuse a folder that holds anything but this run; changes nothing."""
-        saved = self.folder / "config.yaml"
-        if not saved.is_file():
+        """Refuse a folder that holds anything but this run, or a run to delete; changes nothing."""
+        if not (self.folder / "config.yaml").is_file():
             foreign = sorted(path.name for path in self.folder.iterdir() if path.name[0] != ".")
             if foreign:
                 raise UserError(
                     f"output_dir {str(self.folder)!r} holds files but no run ({', '.join(foreign[:3])}); "
                     f"name a new folder"
                 )
-        elif not self.overwrite:
-            differing = differing_fields(read_yaml(saved), self.config)
-            if differing:
-                raise UserError(
-                    f"output_dir {str(self.folder)!r} holds a run of another config; it differs in "
-                    f"{'; '.join(differing)}; name another output_dir, or pass --overwrite true to delete it"
-                )
+            return
+        differing = differing_fields(read_config(self.folder), self.config)
+        if differing and not self.overwrite:
+            raise UserError(
+                f"output_dir {str(self.folder)!r} holds a run of another config; it differs in "
+                f"{'; '.join(differing)}; name another output_dir, or pass --overwrite true to delete it"
+            )
+        finished = (self.folder / "summary.json").is_file()
+        if self.overwrite and not differing and not finished and self._inputs().get("overwrote"):
+            self.overwrite = False  # a job that was killed is started again with the command that began it
+            say(f"{self.folder} holds what this command began with --overwrite true: it is not deleted again")
+
+    def _inputs(self) -> dict:
+        file = self.folder / "inputs.json"
+        return read_json(file) if file.is_file() else {}
 
     def begin(self) -> None:
         """Delete an earlier run if asked to, and write the config: called when nothing is left that a user could have
         got wrong, so that a mistake neither deletes a run nor takes a folder."""
+        self._begun = True
         if not self.is_main:
             return
         if self.overwrite:
-            for name in FILES[1:]:
-                (self.folder / name).unlink(missing_ok=True)
-            for name in ("checkpoints", "wandb", "tensorboard", "export"):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
+            delete(self.folder / "inputs.json", self.folder)  # first: what is deleted in part is not gone on with
+            for path in self._own():
+                delete(path, self.folder)
+            for name in _FOLDERS:
+                with suppress(OSError):  # it holds something of the user's, or is not there
+                    (self.folder / name).rmdir()
         if self.overwrite or not (self.folder / "config.yaml").is_file():
             write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
+            inputs = {"overwrote": self.overwrite}
+            write_atomic(self.folder / "inputs.json", (json.dumps(inputs, indent=2) + "\n").encode())
+
+    def _own(self) -> Iterator[Path]:
+        """What an earlier run wrote, its config aside: until that is replaced, it says that the folder is a run's."""
+        yield from (self.folder / name for name in FILES[1:])
+        for name, patterns in _FOLDERS.items():
+            for pattern in patterns:
+                yield from (self.folder / name).glob(pattern)
+
+    def require(self) -> None:
+        """Look whether what was written is still there.
+
+        Raises:
+            UserError: the folder, or a file of the run, was deleted.
+        """
+        gone = [name for name in ("config.yaml", "metrics.jsonl") if not (self.folder / name).is_file()]
+        if self.is_main and gone:
+            raise UserError(
+                f"output_dir {str(self.folder)!r} was deleted while the run wrote to it (gone: {', '.join(gone)}); "
+                f"delete what is left of it and run the same command to start again"
+            )
 
     def settle(self, name: str, choose: Callable[[], str]) -> str:
         """What this run chose when it began, so that it goes on in the same way even if the machine has changed since.
@@ -116,10 +194,10 @@ class Run:
         """
         file = self.folder / ".choices.json"
         if not self.is_main:
-            return json.loads(file.read_text())[name]
+            return read_json(file)[name]
         if name not in self._settled:
             begun = (self.folder / "config.yaml").is_file() and file.is_file() and not self.overwrite
-            known = json.loads(file.read_text()) if begun else {}
+            known = read_json(file) if begun else {}
             self._settled[name] = known[name] if name in known else choose()
             write_atomic(file, json.dumps({**known, **self._settled}).encode())
         return self._settled[name]
@@ -134,6 +212,7 @@ class Run:
 
     def finish(self, files: dict[str, bytes], summary: dict) -> None:
         """Write the network's files and then, as the mark that all is done, the summary."""
+        self.require()
         if self.is_main:
             for name, content in files.items():
                 write_atomic(self.folder / name, content)
@@ -144,23 +223,13 @@ class Run:
         return self
 
     def __exit__(self, *_) -> None:
-        """Let others have the folder."""
-        if self._lock is not None:
-            (self.folder / ".owner").unlink(missing_ok=True)
-            self._lock.release()
-
-
-def read_summary(folder: Path) -> dict:
-    """A finished run's summary.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    try:
-        return json.loads((folder / "summary.json").read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"run {str(folder)!r} is not finished (no summary.json); run its command again to go on"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"run {str(folder)!r} is damaged: summary.json: {error}") from None
+        """Let others have the folder; a run that did not begin leaves it as it was."""
+        if self._lock is None:
+            return
+        (self.folder / ".owner").unlink(missing_ok=True)
+        if not self._begun and self._made_lock:
+            (self.folder / ".lock").unlink(missing_ok=True)
+        self._lock.release()
+        for folder in self._made if not self._begun else ():
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()

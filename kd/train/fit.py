@@ -88,6 +88,7 @@ def fit(
     )
 
     def save() -> int:
+        run.require()
         meter.check(accelerator, config.optimizer.lr, saved_step)  # what is not finite must never be kept
         if not all_finite(list(distiller.state_dict().values()), accelerator):
             raise not_finite("the weights are", progress.step, config.optimizer.lr, saved_step)

@@ -19,7 +19,7 @@ from kd.data.views import Views
 from kd.losses import LOSSES, paper
 from kd.measure.records import objective
 from kd.run.config import DataConfig
-from kd.run.folder import read_summary
+from kd.run.contents import read_summary
 from kd.run.parse import differing_fields, read_yaml
 from kd.util.errors import UserError
 from kd.util.machine import install_command

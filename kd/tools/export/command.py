@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from kd.models import Classifier, load_classifier, state_hash
+from kd.run.folder import refuse_runs_file
 from kd.tools.export import int8
 from kd.tools.export.card import model_card
 from kd.tools.export.formats import NUM_CHECKED, check, deployed, describe, require_onnx, to_folder, to_onnx, to_torch
@@ -34,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     run, to = Path(arguments.runs[0]), arguments.to
     classifier = load_classifier(run, trust=arguments.trust_code)
     folder, files = _target(arguments, run)
+    if (folder / "config.yaml").is_file():  # a folder without it is an earlier export
+        for name in files:
+            refuse_runs_file(folder / name, "--out")
     there = [name for name in files if (folder / name).exists()]
     if there and not arguments.overwrite:
         raise UserError(f"{folder} holds {', '.join(there)} already; pass --overwrite, or --out another place")
