@@ -4,7 +4,7 @@
 accelerate launch train_teacher.py --config recipes/digits/teacher.yaml
 """
 
-from kd.util.errors import UserError, run_script
+from kd.util.errors import run_script
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,9 +21,6 @@ def main(argv: list[str] | None = None) -> int:
     from kd.train.fit import fit
     from kd.train.setup import announce, build_trained, choose_batch_norm, compile_step, make_accelerator, open_run
 
-    comparing = [type(loss).__name__ for loss in config.losses if loss.needs_teacher]
-    if comparing:
-        raise UserError(f"losses: {', '.join(comparing)} needs a teacher; use distill.py --teacher RUN")
     accelerator = make_accelerator(config)
     with open_run(config, accelerator) as run:
         if run.finished:

@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveInt,
+    restricted_number_type,
+)
+
 from kd.losses import Loss
+
+# What a number may be is its field's type: jsonargparse refuses all else, and `kd.run.parse` says so in words.
+Finite = restricted_number_type("Finite", float, [(">", -math.inf), ("<", math.inf)])
+Amount = restricted_number_type("Amount", float, [(">=", 0), ("<", math.inf)])
+Positive = restricted_number_type("Positive", float, [(">", 0), ("<", math.inf)])
+BelowOne = restricted_number_type("BelowOne", float, [(">=", 0), ("<", 1)])
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])  # torch takes no larger one
+Pixels = restricted_number_type("Pixels", int, [(">=", 1), ("<=", 8192)])
+UpTo1024 = restricted_number_type("UpTo1024", int, [(">=", 0), ("<=", 1024)])
+Threads = restricted_number_type("Threads", int, [(">=", 1), ("<=", 1024)])
+Seconds = restricted_number_type("Seconds", int, [(">=", 1), ("<=", 10**7)])
 
 # Fields that do not change what a run computes: a run goes on when only these differ.
 FREE_FIELDS = (
@@ -41,45 +61,45 @@ class DataConfig:
 
     source: str = "digits"
     """digits, mnist, cifar10, cifar100, stl10; hub:owner/name; a folder of images or of Parquet files"""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """images a step, over all processes together"""
-    num_train: int | None = None
+    num_train: PositiveInt | None = None
     """train on a class-balanced subset of this many images"""
-    val_fraction: float = 0.1
+    val_fraction: BelowOne = 0.1
     """share of train set aside for validation, unless the source has a validation split; 0 for none"""
-    test_fraction: float = 0.2
+    test_fraction: OpenUnitInterval = 0.2
     """share of train set aside as test where the source has no test split"""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """seed of the validation split and the subset; the same for a teacher and its students"""
-    resize: int | None = None
+    resize: Pixels | None = None
     """pixels of the shorter side after an antialiased bilinear resize"""
-    crop: int | None = None
+    crop: Pixels | None = None
     """side of the centre crop in pixels"""
     flip: bool = False
     """flip training images left-right, half of them"""
-    pad_crop: int = 0
+    pad_crop: UpTo1024 = 0
     """pad training images by this many pixels and crop them back at a random place"""
-    random_resized_crop: float = 0.0
+    random_resized_crop: ClosedUnitInterval = 0.0
     """the least share of the area of a training image that a crop at a random place, of a random shape, may have before
     it is enlarged to the image's size, such as 0.08; 0 for none"""
-    color_jitter: list[float] = field(default_factory=list)
+    color_jitter: list[Amount] = field(default_factory=list)
     """by how much brightness, contrast, saturation and hue of training images vary, such as [0.4, 0.4, 0.4, 0.1]"""
     trivial_augment: bool = False
     """TrivialAugment: one random change of shape or colour a training image, of random strength"""
-    random_erasing: float = 0.0
+    random_erasing: ClosedUnitInterval = 0.0
     """share of training images in which a random rectangle is filled with data.mean"""
-    mixup: float = 0.0
+    mixup: Amount = 0.0
     """alpha of mixup, which blends a training image and its label with another's; 0 for none"""
-    cutmix: float = 0.0
+    cutmix: Amount = 0.0
     """alpha of CutMix, which puts a rectangle of another image into a training image; with mixup, each for half"""
-    views_per_image: int = 0
+    views_per_image: NonNegativeInt = 0
     """so many random views an image, shown in turn and the same for all seeds, so that what is frozen can be asked once
     for each; 0 for new ones at each epoch"""
     channels: Literal[3, 1] = 3
     """3 (grey images are repeated) or 1 (luminance)"""
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    mean: list[Finite] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     """subtracted from each channel, on the scale 0 to 1; the default is ImageNet's"""
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    std: list[Positive] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """each channel is divided by it; the default is ImageNet's"""
     skip_unreadable: bool = False
     """leave out images that cannot be decoded instead of stopping"""
@@ -90,10 +110,10 @@ class DataConfig:
     store: Literal["auto", "disk", "stream"] = "auto"
     """disk decodes all images once and keeps them there; stream decodes them at each step, ahead of it; auto streams if
     the decoded images would take more than half of the free disk"""
-    num_workers: int | None = None
+    num_workers: UpTo1024 | None = None
     """processes that decode what is streamed, for each training process; 0 for none beside it; null for its share of
     the cores"""
-    device_share: float = 0.4
+    device_share: ClosedUnitInterval = 0.4
     """on a GPU, images are kept in its memory if they take at most this share of what is free there; 0 for never"""
     cache_dir: str | None = None
     """where decoded images are kept; default $KD_CACHE or ~/.cache/kd"""
@@ -108,24 +128,13 @@ class DataConfig:
                 len(getattr(self, name)) == self.channels,
                 f"data.{name} {getattr(self, name)} must have one number or data.channels ({self.channels})",
             )
-        _require(self.batch_size >= 1, f"data.batch_size {self.batch_size} must be 1 or more")
-        _require(0 <= self.val_fraction < 1, f"data.val_fraction {self.val_fraction} must be in [0, 1)")
-        _require(0 < self.test_fraction < 1, f"data.test_fraction {self.test_fraction} must be in (0, 1)")
-        _require(
-            self.num_workers is None or self.num_workers >= 0, f"data.num_workers {self.num_workers} must be 0 or more"
-        )
-        _require(0 <= self.device_share <= 1, f"data.device_share {self.device_share} must be from 0 to 1")
-        _require(min(self.std) > 0, f"data.std {self.std} must be above 0")
-        for name in ("num_train", "resize", "crop"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"data.{name} {value} must be 1 or more, or null")
-        _require(self.pad_crop >= 0, f"data.pad_crop {self.pad_crop} must be 0 or more")
-        for name in ("random_resized_crop", "random_erasing"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"data.{name} {value} must be from 0 to 1")
-        for name in ("mixup", "cutmix", "views_per_image"):
-            value = getattr(self, name)
-            _require(0 <= value < math.inf, f"data.{name} {value} must be a finite number, 0 or more")
+        for name in ("source", "cache_dir", "download_dir"):
+            path = getattr(self, name)
+            _require(
+                path != "", f"data.{name} is empty; name a folder" + (" or a known set" if name == "source" else "")
+            )
+            known = path is None or not os.path.expanduser(path).startswith("~")
+            _require(known, f"data.{name} {path!r}: there is no user of this name here")
         random = ("flip", "pad_crop", "random_resized_crop", "color_jitter", "trivial_augment", "random_erasing")
         _require(
             not self.views_per_image or any(getattr(self, name) for name in (*random, "mixup", "cutmix")),
@@ -137,8 +146,8 @@ class DataConfig:
         )
         jitter = self.color_jitter
         _require(
-            len(jitter) in (0, 4) and all(0 <= value < math.inf for value in jitter) and max([0, *jitter[3:]]) <= 0.5,
-            f"data.color_jitter {jitter} must have four numbers, 0 or more (brightness, contrast, saturation, hue; the "
+            len(jitter) in (0, 4) and max([0, *jitter[3:]]) <= 0.5,
+            f"data.color_jitter {jitter} must have four numbers (brightness, contrast, saturation, hue; the "
             "last up to 0.5), or none",
         )
         _require(
@@ -153,35 +162,27 @@ class OptimizerConfig:
 
     name: Literal["sgd", "adam", "adamw"] = "adam"
     """torch's optimizer of that name"""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """learning rate; does not depend on the number of processes"""
-    momentum: float = 0.9
+    momentum: BelowOne = 0.9
     """of sgd"""
     nesterov: bool = False
     """Nesterov's momentum, of sgd"""
-    weight_decay: float = 0.0
+    weight_decay: Amount = 0.0
     """L2 penalty (decoupled in adamw)"""
-    clip_norm: float | None = None
+    clip_norm: Positive | None = None
     """clip the gradient's norm over all parameters to this"""
     schedule: Literal["constant", "cosine", "multistep"] = "constant"
     """course of the learning rate after warm-up; cosine falls to 0"""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """steps over which the learning rate rises linearly from 0"""
-    milestones: list[int] = field(default_factory=list)
+    milestones: list[PositiveInt] = field(default_factory=list)
     """epochs after which multistep multiplies the learning rate by gamma"""
-    gamma: float = 0.1
+    gamma: Positive = 0.1
     """factor of multistep"""
 
     def __post_init__(self):
-        _require(0 < self.lr < math.inf, f"optimizer.lr {self.lr} must be a finite number above 0")
-        _require(0 <= self.momentum < 1, f"optimizer.momentum {self.momentum} must be in [0, 1)")
         _require(not self.nesterov or self.momentum > 0, "optimizer.nesterov needs optimizer.momentum above 0")
-        _require(self.weight_decay >= 0, f"optimizer.weight_decay {self.weight_decay} must be 0 or more")
-        _require(
-            self.clip_norm is None or self.clip_norm > 0,
-            f"optimizer.clip_norm {self.clip_norm} must be above 0 or null",
-        )
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps {self.warmup_steps} must be 0 or more")
 
 
 @dataclass
@@ -204,14 +205,14 @@ class TrainConfig:
     where views repeat within the epochs and the disk has room; always does so even if they hardly repeat; never asks at
     each step"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    epochs: int = 10
+    epochs: PositiveInt = 10
     """passes over the training images"""
-    max_steps: int | None = None
+    max_steps: PositiveInt | None = None
     """stop after this many steps, if that is earlier"""
-    seed: int = 0
+    seed: Seed = 0
     """of first weights, order, views and dropout"""
     output_dir: str = ""
-    """the run folder; $NAME in it is the environment's"""
+    """the run folder; $NAME in it is the environment's, $$ is a dollar"""
     select: Literal["last", "best"] = "last"
     """which weights become model.safetensors: the last epoch's, or the best on validation"""
     report_to: Literal["auto", "wandb", "tensorboard", "trackio", "none"] = "auto"
@@ -226,7 +227,7 @@ class TrainConfig:
     """the tracker's notes; null for the objective in words"""
     log_media: bool = True
     """give the tracker, at the end, a confusion matrix, the hardest test images and, W&B, the network as an artifact"""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """micro-batches a step: each process's images of a step go through the networks in so many parts, to save memory;
     changes neither batch nor learning rate, but batch norm sees one part at a time"""
     sync_batch_norm: bool = False
@@ -236,13 +237,13 @@ class TrainConfig:
     compile: Literal["auto"] | bool = "auto"
     """compile student and losses into one step, which changes rounding; auto does not: CPUs were no faster for it, GPUs
     were not measured (docs/step.md)"""
-    log_every: int = 50
+    log_every: PositiveInt = 50
     """steps between two lines of metrics.jsonl"""
-    checkpoint_every: int | None = None
+    checkpoint_every: PositiveInt | None = None
     """steps between two checkpoints; null for one at the end of each epoch"""
-    peer_timeout: int = 600
+    peer_timeout: Seconds = 600
     """seconds that a process waits for the others in a step before it takes them for dead"""
-    num_threads: int | None = None
+    num_threads: Threads | None = None
     """CPU threads of each process; null for all cores, shared by this machine's processes, or $OMP_NUM_THREADS"""
     overwrite: bool = False
     """delete what an earlier run left in output_dir and start anew"""
@@ -253,17 +254,8 @@ class TrainConfig:
     """use only deterministic algorithms on a GPU (slower there; a CPU always does)"""
 
     def __post_init__(self):
-        _require(self.epochs >= 1, f"epochs {self.epochs} must be 1 or more")
         _require(
-            self.max_steps is None or self.max_steps >= 1, f"max_steps {self.max_steps} must be 1 or more, or null"
-        )
-        _require(self.log_every >= 1, f"log_every {self.log_every} must be 1 or more")
-        _require(
-            self.checkpoint_every is None or self.checkpoint_every >= 1,
-            f"checkpoint_every {self.checkpoint_every} must be 1 or more, or null",
-        )
-        _require(
-            1 <= self.accumulate <= self.data.batch_size,
+            self.accumulate <= self.data.batch_size,
             f"accumulate {self.accumulate} must be from 1 to data.batch_size ({self.data.batch_size})",
         )
         whole = [type(loss).__name__ for loss in self.losses if loss.sees_batch]
@@ -279,29 +271,38 @@ class TrainConfig:
             f"{mixing} gives images labels of two classes, and {', '.join(hard)} needs one class an image; set it to "
             "0, or leave out the loss",
         )
-        _require(self.peer_timeout >= 1, f"peer_timeout {self.peer_timeout} must be 1 or more")
-        _require(self.num_threads is None or self.num_threads >= 1, f"num_threads {self.num_threads} must be 1 or more")
         _require(self.output_dir != "", "output_dir is empty; name a folder")
         _require(not (self.init_from and self.weights), "give init_from or weights, not both")
         _require(self.select == "last" or self.data.val_fraction > 0, "select best needs data.val_fraction above 0")
 
 
 @dataclass
-class TeacherConfig(TrainConfig):
-    """Train one network on labels: a teacher, or a student alone."""
+class _Trained:
+    """What `train_teacher.py` alone takes; bases that stand last come first in help and recipes."""
 
     model: str = "resnet18"
     """deep_nn, light_nn, deeper_cnn, mnist_teacher, mnist_student; of the CIFAR-100 comparison resnet8, resnet14,
     resnet20, resnet32, resnet44, resnet56, resnet110, resnet8x4, resnet32x4, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2,
     vgg8, vgg13_cifar, mobilenet_v2_half, shufflenet_v1, shufflenet_v2_cifar; any torchvision classifier; or an import
     path"""
-    output_dir: str = "runs/teacher"
-    """the run folder; $NAME in it is the environment's"""
 
 
 @dataclass
-class DistillConfig(TrainConfig):
-    """Train a student on what a teacher says and on labels."""
+class TeacherConfig(TrainConfig, _Trained):
+    """Train one network on labels: a teacher, or a student alone."""
+
+    output_dir: str = "runs/teacher"
+    """the run folder; $NAME in it is the environment's, $$ is a dollar"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        comparing = [type(loss).__name__ for loss in self.losses if loss.needs_teacher]
+        _require(not comparing, f"losses: {', '.join(comparing)} needs a teacher; use distill.py --teacher RUN")
+
+
+@dataclass
+class _Distilled:
+    """What `distill.py` alone takes."""
 
     student: str = "mobilenet_v3_small"
     """deep_nn, light_nn, deeper_cnn, mnist_teacher, mnist_student; of the CIFAR-100 comparison resnet8, resnet14,
@@ -316,8 +317,14 @@ class DistillConfig(TrainConfig):
     """keep the teacher's head, frozen, behind the student's last feature map and a projector (SimKD)"""
     reuse_tap: str | None = None
     """with reuse_head: the module that gives the student's last feature map; null where it is known, as in ResNets"""
+
+
+@dataclass
+class DistillConfig(TrainConfig, _Distilled):
+    """Train a student on what a teacher says and on labels."""
+
     output_dir: str = "runs/student"
-    """the run folder; $NAME in it is the environment's"""
+    """the run folder; $NAME in it is the environment's, $$ is a dollar"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -340,11 +347,11 @@ class EvaluateConfig:
     """which images, of the split that the run itself was trained with"""
     source: str | None = None
     """other images than the run's own data.source, by class name; no temperature is then fitted on validation"""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """images at once"""
     corruption: Literal["gaussian_noise", "blur", "jpeg", "brightness", "contrast", "all"] | None = None
     """measure on corrupted images; all adds a table of the accuracy for each corruption and severity"""
-    severity: int | None = None
+    severity: Literal[1, 2, 3, 4, 5] | None = None
     """of the corruption, 1 to 5"""
     baseline: str | None = None
     """one of the runs, which the others are compared with; null for each distilled run's student alone"""
@@ -367,8 +374,6 @@ class EvaluateConfig:
     yours"""
 
     def __post_init__(self):
-        _require(self.batch_size >= 1, f"batch_size {self.batch_size} must be 1 or more")
-        _require(self.severity in (None, 1, 2, 3, 4, 5), f"severity {self.severity} must be from 1 to 5")
         single = self.corruption not in (None, "all")
         _require(not single or self.severity is not None, f"corruption {self.corruption} needs a severity from 1 to 5")
         _require(

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
-import itertools
-import json
 import os
-import re
 import sys
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
+from string import Template
+from typing import get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from kd.losses import LOSSES, Loss
 from kd.run.config import DEFAULT_LOSSES, FREE_FIELDS, DataConfig, DistillConfig, OptimizerConfig, TeacherConfig
-from kd.util.errors import UserError, unknown
+from kd.run.messages import explain, unknown_field
+from kd.run.objective import CHANGE, change_losses, explain_loss, with_defaults
+from kd.run.yaml_files import read_yaml
+from kd.util.errors import UserError
+from kd.util.own_code import blamed
 
-
-class _Parser(ArgumentParser):
-    """jsonargparse's parser whose errors are one line that names what is known."""
-
-    def error(self, message, ex=None):
-        raise UserError(_explain(self, str(message)))
+_SCRIPTS = {TeacherConfig: "train_teacher.py", DistillConfig: "distill.py"}
 
 
 def parse(config_class, argv: list[str] | None, positional: str | None = None):
@@ -40,161 +38,155 @@ def parse(config_class, argv: list[str] | None, positional: str | None = None):
 
     Raises:
         UserError: unknown field, wrong type, impossible value.
+        SystemExit: `--help`, `--losses.help NAME` or `--print_config` was given, and is answered.
     """
     if os.getcwd() not in sys.path:  # so that my_losses.MyLoss is found beside the recipe's command
         sys.path.append(os.getcwd())
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv, fields = sys.argv[1:] if argv is None else list(argv), _fields(config_class)
+    parser = _make_parser(config_class, positional, wants_help=not {"-h", "--help"}.isdisjoint(argv))
+    flags, words = _read_flags(argv, {**fields, "config": str, "print_config": bool}, positional)
+    if "losses.help" in (given := dict(flags)):
+        explain_loss(given["losses.help"])
+        sys.exit(0)
+    recipes = {value: read_yaml(Path(value)) for name, value in flags if name == "config"}
+    for file, recipe in recipes.items():
+        _check_recipe(file, recipe, config_class)
+    whole = any(name == "losses" for name, _ in flags) or any("losses" in recipe for recipe in recipes.values())
+    if config_class in DEFAULT_LOSSES and not whole:
+        parser.set_defaults({"losses": DEFAULT_LOSSES[config_class]})
+    try:
+        with blamed("losses"):
+            namespace = parser.parse_args(_for_jsonargparse(flags) + words)
+            if "losses" in fields:
+                change_losses(namespace.losses, flags)
+                namespace.output_dir = _expand(namespace.output_dir)
+                parser.validate(namespace)
+            values = parser.instantiate(namespace)
+        config = config_class(**{name: values[name] for name in fields if "." not in name})
+    except (ValueError, TypeError, argparse.ArgumentError) as error:
+        raise UserError(explain(str(error))) from None
+    except RecursionError:
+        raise UserError("a value is nested too deeply, or holds itself") from None
+    if positional:
+        setattr(config, positional, values[positional])
+    resolved = yaml.safe_load(parser.dump(namespace, skip_unset=False))
+    config.resolved = {name: value for name, value in resolved.items() if name in fields}
+    if "overwrite" in fields:
+        config.resolved["overwrite"] = False  # or a run started again from its own config.yaml would delete itself
+        config.resolved["output_dir"] = config.output_dir.replace("$", "$$")
+    config.resolved.pop("trust_code")  # what a run may do is said by who starts it, each time
+    if "print_config" in given:
+        print(yaml.safe_dump(config.resolved, sort_keys=False), end="")
+        sys.exit(0)
+    return config
+
+
+def _make_parser(config_class, positional: str | None, wants_help: bool) -> ArgumentParser:
     # Only the help shows the strings below the fields; to read them takes as long as all else here.
-    set_parsing_settings(docstring_parse_attribute_docstrings=not {"-h", "--help"}.isdisjoint(argv))
-    parser = _Parser(description=config_class.__doc__, allow_abbrev=False)
+    set_parsing_settings(docstring_parse_attribute_docstrings=wants_help)
+    parser = ArgumentParser(
+        description=config_class.__doc__,
+        usage=f"%(prog)s {'RUN ...' if positional else '[--config RECIPE]'} [--FIELD VALUE ...]",
+        allow_abbrev=False,
+        print_config=None,
+        exit_on_error=False,
+    )
     if positional:
         parser.add_argument(positional, nargs="+", type=str, help="run folders")
     else:
         parser.add_argument("--config", action="config", help="YAML recipe; flags win over it")
+        parser.add_argument("--print_config", action="store_true", help="show what results, and end")
     parser.add_class_arguments(config_class, nested_key=None)
-    argv = _replace_losses(_recipes_first(argv))
-    argv, changes = _take_changes(argv)
-    if config_class in DEFAULT_LOSSES and not _gives_losses(argv):
-        parser.set_defaults({"losses": DEFAULT_LOSSES[config_class]})
-    try:
-        namespace = parser.parse_args(argv)
-        if "output_dir" in namespace:
-            namespace.output_dir = _expand("output_dir", namespace.output_dir)
-        if changes:
-            _change_losses(namespace.losses, changes)
-            parser.validate(namespace)
-        values = parser.instantiate(namespace)
-        chosen = {key: values[key] for key in [f.name for f in dataclasses.fields(config_class)]}
-        config = config_class(**chosen)
-    except (ValueError, TypeError, argparse.ArgumentError) as error:
-        raise UserError(_explain(parser, str(error))) from None
-    if positional:
-        setattr(config, positional, values[positional])
-    resolved = yaml.safe_load(parser.dump(namespace, skip_unset=False))
-    config.resolved = {name: value for name, value in resolved.items() if name in chosen}
-    if "overwrite" in chosen:
-        config.resolved["overwrite"] = False  # or a run started again from its own config.yaml would delete itself
-    config.resolved.pop("trust_code")  # what a run may do is said by who starts it, each time
-    return config
+    if wants_help:
+        parser.print_help()
+        sys.exit(0)
+    return parser
 
 
-def _recipes_first(argv: list[str]) -> list[str]:
-    """The arguments with `--config FILE` in front, since jsonargparse lets the last one win, whichever it is."""
-    recipes, flags, rest = [], [], iter(argv)
-    for word in rest:
-        if word == "--config":
-            recipes += [word, *itertools.islice(rest, 1)]
-        else:
-            (recipes if word.startswith("--config=") else flags).append(word)
-    return recipes + flags
+def _fields(config_class, prefix: str = "") -> dict[str, type]:
+    """All fields by their dotted names, groups of fields among them, with their types."""
+    found = {}
+    for name, kind in get_type_hints(config_class).items():
+        found[prefix + name] = kind
+        if dataclasses.is_dataclass(kind):
+            found |= _fields(kind, f"{prefix}{name}.")
+    return found
 
 
-def _replace_losses(argv: list[str]) -> list[str]:
-    """Put `--losses=[]` before a whole list of losses.
+def _read_flags(argv: list[str], fields: dict[str, type], positional: str | None) -> tuple[list, list[str]]:
+    """The arguments as pairs (field, value) and, where the script takes them, positional words.
 
-    jsonargparse keeps the arguments of a list's items where the new list has the same length and classes: a recipe's
-    weight would stay in a list that does not mention it.
+    A field that can be true may stand alone: `--overwrite`.
     """
-    return [part for word in argv for part in (["--losses=[]", word] if word.split("=")[0] == "--losses" else [word])]
-
-
-def _take_changes(argv: list[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
-    """Take `--losses.KL.temperature 8` out of the arguments: what is left, and (loss, argument, value) of each."""
-    left, changes, words = [], [], iter(argv)
-    for word in words:
-        flag, given, value = word.partition("=")
-        match = re.fullmatch(r"--losses\.(\w+)\.(\w+)", flag)
-        if not match or match[1] in ("help", "init_args", "dict_kwargs"):  # jsonargparse's own, of the list's last loss
-            left.append(word)
+    flags, words, rest = [], [], deque(argv)
+    while rest:
+        word = rest.popleft()
+        name, given, value = word[2:].partition("=")
+        if not word.startswith("--"):
+            if not (word and positional):
+                raise UserError(f"unexpected argument {word!r}; flags are written --name value")
+            words.append(word)
             continue
-        value = value if given else next(words, None)
-        if value is None:
-            raise UserError(f"{flag} has no value")
-        changes.append((match[1], match[2], value))
-    return left, changes
+        if name not in fields and not name.startswith(("losses.", "losses+", "model_args.")):
+            raise unknown_field(name, fields)
+        if not given:
+            can_be_true = fields.get(name) is bool or bool in get_args(fields.get(name))
+            follows = bool(rest) and not rest[0].startswith("--")
+            if follows and not (can_be_true and positional and rest[0].lower() not in ("true", "false")):
+                value = rest.popleft()
+            elif can_be_true:
+                value = "true"
+            else:
+                raise UserError(f"--{name} has no value")
+        flags.append((name, value))
+    return flags, words
 
 
-def _change_losses(losses: list, changes: list[tuple[str, str, str]]) -> None:
-    """Set arguments of those losses of a parsed list that have a name; of several with one name, of all."""
-    names = [loss.class_path.rpartition(".")[2] for loss in losses]
-    for name, argument, value in changes:
-        if name not in names:
-            raise unknown("loss in --losses." + name + "." + argument, name, names, "these are the objective's")
-        for loss in (loss for loss, its in zip(losses, names, strict=True) if its == name):
-            if argument not in (known := _arguments_of(loss.class_path)):
-                raise unknown(f"argument of {name}", argument, list(known), "see --losses.help " + name)
-            try:
-                loss.init_args[argument] = json.loads(value)  # knows 1e-05, which YAML 1.1 takes for a word
-            except ValueError:
-                loss.init_args[argument] = yaml.safe_load(value)
+def _check_recipe(file: str, recipe: dict, config_class) -> None:
+    """Refuse what jsonargparse would take, or refuse in words that help nobody."""
+    fields = _fields(config_class)
+    for name, value in _flat(recipe):
+        if name not in fields:
+            others = [script for kind, script in _SCRIPTS.items() if name in _fields(kind)]
+            if others:
+                raise UserError(f"{file} is a recipe of {others[0]}, which alone has the field {name!r}")
+            raise UserError(f"{file}: {unknown_field(name, fields)}")
+        if value is None and (name == "losses" or dataclasses.is_dataclass(fields[name])):
+            raise UserError(f"{file}: {name} is empty; leave it out for the defaults")
+    if not isinstance(losses := recipe.get("losses", []), list):
+        raise UserError(f"{file}: losses: {losses!r} is no list")
+    for loss in losses:
+        if not isinstance(loss, str) and not (isinstance(loss, dict) and "class_path" in loss):
+            raise UserError(f"{file}: losses: {loss!r} is neither a name nor class_path and init_args")
+        if isinstance(loss, dict) and loss.get("init_args", {}) is None:
+            raise UserError(f"{file}: losses: {loss['class_path']}: init_args is empty; leave it out for the defaults")
 
 
-def _expand(name: str, path: str) -> str:
-    """A path with the environment's `$NAME` in it replaced, such as a sweep's `runs/sweeps/digits/$WANDB_RUN_ID`."""
-    expanded = os.path.expandvars(path)
-    if left := re.search(r"\$(\w+|{\w+})", expanded):
-        raise UserError(f"{name} {path!r}: {left[0]} is not set in the environment")
-    return expanded
+def _flat(recipe: dict) -> Iterator[tuple[str, object]]:
+    """A recipe's fields by their dotted names, groups of fields among them."""
+    for name, value in recipe.items():
+        yield str(name), value
+        if name in ("data", "optimizer") and isinstance(value, dict):
+            yield from ((f"{name}.{inner}", each) for inner, each in value.items())
 
 
-def _gives_losses(argv: list[str]) -> bool:
-    """Whether a flag or a recipe gives a whole list of losses."""
-    files = [b for a, b in itertools.pairwise(argv) if a == "--config"]
-    files += [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
-    recipes = [read_yaml(Path(file)) for file in files if Path(file).is_file()]
-    return "--losses=[]" in argv or any("losses" in recipe for recipe in recipes)
+def _for_jsonargparse(flags: list[tuple[str, str]]) -> list[str]:
+    """The arguments for jsonargparse: it lets the last one win, so that recipes come first, and it keeps the arguments
+    of a list's items where the new list has the same length and classes, so that a list is emptied first."""
+    words = [f"--config={value}" for name, value in flags if name == "config"]
+    for name, value in flags:
+        if name not in ("config", "print_config") and not CHANGE.fullmatch(name):
+            words += ["--losses=[]"] * (name == "losses") + [f"--{name}={value}"]
+    return words
 
 
-def _explain(parser: ArgumentParser, message: str) -> str:
-    """jsonargparse's message with the known names and the nearest one, in one line."""
-    message = " ".join(message.split())
-    flags = sorted({o[2:] for action in parser._actions for o in action.option_strings if o.startswith("--")})
-    fields = [flag for flag in flags if "+" not in flag and ".help" not in flag and flag != "help"]
-    if message.startswith("unrecognized arguments:"):
-        words = message.partition(":")[2].split()
-        bad = next((word for word in words if word.startswith("--")), None)
-        if bad is None:
-            return f"unexpected argument {words[0]!r}; flags are written --name value"
-        return str(unknown("field", bad[2:].split("=")[0], fields))
-    if "does not accept option" in message or "is not accepted" in message or "not accepted by" in message:
-        quoted = message.split("'")[1::2]
-        if message.startswith("Group "):
-            return str(
-                unknown("field", f"{quoted[0]}.{quoted[1]}", [f for f in fields if f.startswith(quoted[0] + ".")])
-            )
-        if "Problem with given class_path" in message:
-            name = quoted[0].rpartition(".")[2]
-            return str(
-                unknown(f"argument of {name}", quoted[1], list(_arguments_of(quoted[0])), "see --losses.help " + name)
-            )
-        return str(unknown("field", quoted[-1], fields))
-    if message.startswith('Parser key "losses"') and "dot import path" in message:
-        bad = message.rpartition(":")[2].strip()
-        return str(unknown("loss", bad, LOSSES, "or the import path of your own, as my_package.MyLoss"))
-    several = re.fullmatch(r'Parser key "([\w.]+)": Does not .* Subtypes: \[(.*)\] Errors.* Given value: (.*)', message)
-    if several:
-        name, kinds, value = several.groups()
-        found = re.findall(r"<class '(\w+)'>|typing\.Literal(\[.*?\])", kinds)
-        kinds = " or ".join(kind.replace("NoneType", "null") or f"one of {names}" for kind, names in found) or kinds
-        return f"{name}: {value!r} is of the wrong type; it takes {kinds}"
-    wrong = re.fullmatch(r'Parser key "([\w.]+)": Expected a (.+)\. Got value: (.*)', message)
-    if wrong:
-        name, kind, value = wrong.groups()
-        kind = re.sub(r"<class '(\w+)'>", r"\1", kind).replace("typing.Literal", "one of ")
-        return f"{name}: {value!r} is of the wrong type; it takes {kind}"
-    return re.sub(r'^Parser key "([\w.]+)":', r"\1:", message)
-
-
-def _arguments_of(class_path: str) -> dict[str, inspect.Parameter]:
-    for loss in _subclasses(Loss):
-        names = (f"{loss.__module__}.{loss.__name__}", f"{Loss.__module__.rpartition('.')[0]}.{loss.__name__}")
-        if class_path in (*names, loss.__name__):
-            return dict(inspect.signature(loss).parameters)
-    return {}
-
-
-def _subclasses(cls) -> list[type]:
-    return [sub for direct in cls.__subclasses__() for sub in (direct, *_subclasses(direct))]
+def _expand(output_dir: str) -> str:
+    """The path with the environment's `$NAME` in it replaced, such as a sweep's `runs/sweeps/digits/$WANDB_RUN_ID`."""
+    try:
+        return Template(output_dir).substitute(os.environ)
+    except (KeyError, ValueError) as error:
+        what = f"${error.args[0]} is not set in the environment" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"output_dir {output_dir!r}: {what}; a dollar itself is written $$") from None
 
 
 def differing_fields(old: dict, new: dict) -> list[str]:
@@ -208,7 +200,7 @@ def differing_fields(old: dict, new: dict) -> list[str]:
             for key, inner in value.items():
                 yield from flat(inner, f"{prefix}.{key}" if prefix else key)
         else:
-            yield prefix, _with_defaults(value) if prefix == "losses" else value
+            yield prefix, with_defaults(value) if prefix == "losses" else value
 
     a, b = dict(flat(old)), dict(flat(new))
     a = {**{name: _default(name) for name in b}, **a}
@@ -226,29 +218,3 @@ def _default(name: str):
         if field.name == leaf and field.default_factory is not dataclasses.MISSING:
             return field.default_factory()
     return None
-
-
-def _with_defaults(losses: list[dict]) -> list[dict]:
-    """Losses as class_path and init_args, all of their arguments among them."""
-    whole = []
-    for entry in losses if isinstance(losses, list) else []:
-        parameters = _arguments_of(entry["class_path"])
-        given = {key: p.default for key, p in parameters.items() if p.default is not inspect.Parameter.empty}
-        given = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
-        whole.append({**entry, "init_args": {**given, **(entry.get("init_args") or {})}})
-    return whole
-
-
-def read_yaml(path: Path) -> dict:
-    """A YAML file's fields.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged or no config: it holds no fields but {str(content)[:60]!r}")
-    return content

@@ -78,19 +78,23 @@ WRONG = [
     pytest.param(("--seeds", 3), ["unknown field 'seeds'", "did you mean 'seed'"], id="flag"),
     pytest.param(("--epoch", 3), ["unknown field 'epoch'", "did you mean 'epochs'"], id="abbreviated flag"),
     pytest.param(("stray",), ["unexpected argument 'stray'"], id="stray word"),
-    pytest.param(("--epochs",), ["epochs", "expected one argument"], id="flag without value"),
+    pytest.param(("--epochs",), ["--epochs has no value"], id="flag without value"),
     pytest.param(("--config", "nowhere.yaml"), ["nowhere.yaml"], id="recipe"),
     pytest.param(("--data.batch_size", "many"), ["data.batch_size", "'many'", "int"], id="type of batch_size"),
     pytest.param(("--optimizer.name", "sdg"), ["optimizer.name", "'sdg'", "'sgd'", "'adamw'"], id="choice"),
     pytest.param(("--data.num_train", 1.5), ["data.num_train", "1.5", "int"], id="type of num_train"),
     pytest.param(("--overwrite", "maybe"), ["overwrite", "'maybe'", "bool"], id="type of overwrite"),
-    pytest.param(("--data.batch_size", 0), ["data.batch_size 0", "1 or more"], id="batch_size 0"),
-    pytest.param(("--epochs", 0), ["epochs 0", "1 or more"], id="epochs 0"),
-    pytest.param(("--max_steps", 0), ["max_steps 0", "1 or more"], id="max_steps 0"),
+    pytest.param(("--data.batch_size", 0), ["data.batch_size 0 must be above 0"], id="batch_size 0"),
+    pytest.param(("--epochs", 0), ["epochs 0 must be above 0"], id="epochs 0"),
+    pytest.param(("--max_steps", 0), ["max_steps 0 must be above 0 or null"], id="max_steps 0"),
     pytest.param(("--optimizer.lr=-0.1",), ["optimizer.lr -0.1", "above 0"], id="negative lr"),
     pytest.param(("--optimizer.lr", "inf"), ["optimizer.lr"], id="infinite lr"),
-    pytest.param(("--data.val_fraction", 1), ["data.val_fraction 1", "[0, 1)"], id="val_fraction 1"),
-    pytest.param(("--data.test_fraction", 0), ["data.test_fraction 0", "(0, 1)"], id="test_fraction 0"),
+    pytest.param(
+        ("--data.val_fraction", 1), ["data.val_fraction 1 must be at least 0 and below 1"], id="val_fraction 1"
+    ),
+    pytest.param(
+        ("--data.test_fraction", 0), ["data.test_fraction 0 must be above 0 and below 1"], id="test_fraction 0"
+    ),
     pytest.param(("--data.std", "[0]"), ["data.std", "above 0"], id="std 0"),
     pytest.param(("--data.mean", "[1, 2]"), ["data.mean", "data.channels (3)"], id="mean of two channels"),
     pytest.param(("--data.crop", 29), ["data.crop 29", "data.resize 28"], id="crop above resize"),
@@ -104,14 +108,14 @@ WRONG = [
         ("--select", "best", "--data.val_fraction", 0), ["select best", "data.val_fraction"], id="best of nothing"
     ),
     pytest.param(("--output_dir", ""), ["output_dir is empty"], id="no output_dir"),
-    pytest.param(("--accumulate", 0), ["accumulate 0", "from 1 to data.batch_size (12)"], id="accumulate 0"),
+    pytest.param(("--accumulate", 0), ["accumulate 0 must be above 0"], id="accumulate 0"),
     pytest.param(("--accumulate", 13), ["accumulate 13", "from 1 to data.batch_size (12)"], id="accumulate 13"),
     pytest.param(
         ("--accumulate", 2, "--losses", losses(("DIST", {}), ("CrossEntropy", {}))),
         ["accumulate 2: DIST compares the images of a whole batch", "set accumulate 1"],
         id="accumulate what sees the batch",
     ),
-    pytest.param(("--peer_timeout", 0), ["peer_timeout 0", "1 or more"], id="peer_timeout 0"),
+    pytest.param(("--peer_timeout", 0), ["peer_timeout 0 must be at least 1"], id="peer_timeout 0"),
     pytest.param(
         ("--losses", losses(("KL", {}))), ["losses: KL needs a teacher", "distill.py --teacher"], id="loss with teacher"
     ),
@@ -427,7 +431,7 @@ def test_evaluate_on_a_split_that_is_not_there(call, teacher):
     [
         (("--corruption", "fog"), ["corruption", "fog", "gaussian_noise", "contrast"]),
         (("--corruption", "blur"), ["corruption blur needs a severity from 1 to 5"]),
-        (("--corruption", "blur", "--severity", 6), ["severity 6 must be from 1 to 5"]),
+        (("--corruption", "blur", "--severity", 6), ["severity: '6'", "one of [1, 2, 3, 4, 5]"]),
         (("--corruption", "all", "--severity", 2), ["severity 2 needs one corruption", "all measures every severity"]),
         (("--severity", 2), ["severity 2 needs one corruption", "--corruption blur"]),
         (("--taps", "[pool]"), ["taps 'pool'", "STUDENT_MODULE:TEACHER_MODULE"]),

@@ -1,0 +1,87 @@
+"""The losses of a recipe: found by name, explained, and changed by flags such as `--losses.KL.temperature 8`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import json
+import re
+
+import yaml
+
+from kd.losses import LOSSES, Loss
+from kd.run.yaml_files import load_yaml
+from kd.util.errors import UserError, unknown
+
+# --losses.NAME.ARGUMENT; `--losses.ARGUMENT` and these two are jsonargparse's own, of the list's last loss
+CHANGE = re.compile(r"losses\.(?!init_args|dict_kwargs)(\w+)\.(\w+)")
+
+
+def change_losses(losses: list, flags: list[tuple[str, str]]) -> None:
+    """Set arguments of those losses of a parsed list that a flag names: `--losses.KL.temperature 8`; of several with
+    one name, of all."""
+    names = [loss.class_path.rpartition(".")[2] for loss in losses]
+    for flag, value in flags:
+        if not (match := CHANGE.fullmatch(flag)):
+            continue
+        name, argument = match.groups()
+        if name not in names:
+            raise unknown(f"loss in --{flag}", name, names, "these are the objective's")
+        for loss in (loss for loss, its in zip(losses, names, strict=True) if its == name):
+            if argument not in (known := arguments_of(loss.class_path)):
+                raise unknown(f"argument of {name}", argument, list(known), "see --losses.help " + name)
+            loss.init_args[argument] = _value(flag, value)
+
+
+def _value(flag: str, text: str):
+    try:
+        return json.loads(text)  # knows 1e-05, which YAML 1.1 takes for a word
+    except ValueError:
+        try:
+            return load_yaml(text)
+        except yaml.YAMLError:
+            raise UserError(f"--{flag}: {text[:200]!r} cannot be read as YAML") from None
+
+
+def explain_loss(name: str) -> None:
+    """Print what a loss is, and the flags by which a recipe that holds it is changed."""
+    if name not in LOSSES:
+        with contextlib.suppress(ImportError, ValueError):
+            importlib.import_module(name.rpartition(".")[0])
+    short, known = name.rpartition(".")[2], arguments_of(name)
+    if not known:
+        raise unknown("loss", name, LOSSES, "or the import path of your own, as my_package.MyLoss")
+    print(f"{short}: {inspect.getdoc(_loss(name))}\n\nAdd it to a recipe: --losses+={name}\nChange it there:")
+    for argument, parameter in known.items():
+        default = "VALUE" if parameter.default is parameter.empty else json.dumps(parameter.default)
+        print(f"    --losses.{short}.{argument} {default}")
+
+
+def _loss(name: str) -> type[Loss] | None:
+    """A loss that is imported by now, by its name or import path."""
+    for loss in _subclasses(Loss):
+        names = (f"{loss.__module__}.{loss.__name__}", f"{Loss.__module__.rpartition('.')[0]}.{loss.__name__}")
+        if name in (*names, loss.__name__):
+            return loss
+    return None
+
+
+def arguments_of(name: str) -> dict[str, inspect.Parameter]:
+    """The arguments of such a loss; none where it is not known."""
+    return dict(inspect.signature(loss).parameters) if (loss := _loss(name)) else {}
+
+
+def _subclasses(cls) -> list[type]:
+    return [sub for direct in cls.__subclasses__() for sub in (direct, *_subclasses(direct))]
+
+
+def with_defaults(losses: list[dict]) -> list[dict]:
+    """Losses as class_path and init_args, all of their arguments among them."""
+    whole = []
+    for entry in losses if isinstance(losses, list) else []:
+        parameters = arguments_of(entry["class_path"])
+        given = {key: p.default for key, p in parameters.items() if p.default is not inspect.Parameter.empty}
+        given = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+        whole.append({**entry, "init_args": {**given, **(entry.get("init_args") or {})}})
+    return whole

@@ -1,0 +1,162 @@
+"""Flags and recipes that are wrong, odd or hostile: one line each, and what is meant is taken."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import yaml
+from conftest import assert_one_line
+
+from kd.run.config import DistillConfig, EvaluateConfig, TeacherConfig
+from kd.run.parse import parse
+from kd.util.errors import UserError
+
+FLAGS = [
+    (("--seed", 2**70), "seed 1180591620717411303424 must be at least 0 and below 9223372036854775808"),
+    (("--seed", "9" * 5000), "seed: Exceeds the limit (4300 digits)"),
+    (("",), "unexpected argument ''"),
+    (("--losses.CrossEntropy.weight", "[1"), "--losses.CrossEntropy.weight: '[1' cannot be read as YAML"),
+    (("--losses", "[{class_path: CrossEntropy"), "is of the wrong type; it takes list"),
+    (("--losses", "[math.pi]"), "losses: Import path math.pi does not correspond to a subclass of Loss"),
+    (("--losses", "[{class_path: CrossEntropy, init_args: {weight: a}}]"), "CrossEntropy: weight: 'a' is of the wrong"),
+    (("--data.source", "~nouser/x"), "data.source '~nouser/x': there is no user of this name here"),
+    (("--data.cache_dir", "~nouser/x"), "data.cache_dir '~nouser/x': there is no user of this name here"),
+    (("--data.source", ""), "data.source is empty"),
+    (("--config", "~nouser/x"), "~nouser/x cannot be read"),
+    (("--num_threads", 10**9), "num_threads 1000000000 must be at least 1 and at most 1024 or null"),
+    (("--peer_timeout", 10**12), "peer_timeout 1000000000000 must be at least 1 and at most 10000000"),
+    (("--data.pad_crop", 100000), "data.pad_crop 100000 must be at least 0 and at most 1024"),
+    (("--data.std", "[.inf]"), "data.std inf must be above 0 and finite"),
+    (("--data.mean", "[.nan]"), "data.mean nan must be finite"),
+    (("--optimizer.milestones", "[-1]"), "optimizer.milestones -1 must be above 0"),
+    (("--optimizer.gamma", -1), "optimizer.gamma -1 must be above 0 and finite"),
+    (("--model_args", "[" * 3000), "it takes dict"),
+    (("--model_args", "&m {a: *m}"), "nested too deeply, or holds itself"),
+    (("--output_dir", "a$"), "output_dir 'a$'", "a dollar itself is written $$"),
+    (("--overwrite", "maybe"), "overwrite: 'maybe' is of the wrong type; it takes bool"),
+    (("--epochs", "--seed", 3), "--epochs has no value"),
+    (("--lr", 1), "did you mean 'optimizer.lr'?"),
+    (("--learning_rate", 1), "did you mean 'optimizer.lr'?"),
+    (("--batch-size", 1), "did you mean 'data.batch_size'?"),
+    (("--student", "light_nn"), "did you mean 'model'?"),
+    (("--sead", 1), "unknown field 'sead' (did you mean 'seed'?); --help lists all"),
+    (("--qqq", 1), "unknown field 'qqq'; --help lists all"),
+    (("--config", "recipes/digits/kd.yaml"), "is a recipe of distill.py", "'student'"),
+    (("--losses.help", "KLX"), "unknown loss 'KLX' (did you mean 'KL'?)"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), [(row[0], row[1:]) for row in FLAGS], ids=lambda v: str(v)[:40])
+def test_flag(call, arguments, words):
+    result = call("train_teacher", *arguments)
+    assert_one_line(result, *words)
+    assert len(result.err) < 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model", "x"), "did you mean 'student'?"),
+        (("--config", "recipes/digits/teacher.yaml"), "is a recipe of train_teacher.py, which alone has the field 'mo"),
+        (("--teacher", "x", "--losses.DKD.beta", 1), "these are the objective's"),
+    ],
+)
+def test_flag_of_distill(call, arguments, words):
+    assert_one_line(call("distill", *arguments), words)
+
+
+RECIPES = {
+    "seed: 1\nseed: 2\n": "the key 'seed' stands twice",
+    "data: {source: digits, source: mnist}\n": "the key 'source' stands twice",
+    "model_args: &m {a: *m}\n": "recursive",
+    "model_args: " + "[" * 3000 + "]" * 3000: "cannot be read",
+    "seed: " + "9" * 5000: "Exceeds the limit (4300 digits)",
+    "notes: 2020-13-41\n": "cannot be read",
+    "data: null\n": "data is empty; leave it out for the defaults",
+    "losses: null\n": "losses is empty; leave it out for the defaults",
+    "losses: [{class_path: CrossEntropy, init_args: }]\n": "CrossEntropy: init_args is empty",
+    "losses: [CrossEntropy: ]\n": "is neither a name nor class_path and init_args",
+    "losses: [null]\n": "None is neither a name nor class_path and init_args",
+    "losses: 3\n": "losses: 3 is no list",
+    "optimizer: {lr: .nan}\n": "optimizer.lr nan must be above 0 and finite",
+    "1: 2\n": "unknown field '1'",
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda text: text[:30])
+def test_recipe(call, tmp_path, recipe):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    result = call("train_teacher", "--config", tmp_path / "recipe.yaml")
+    assert_one_line(result, RECIPES[recipe])
+    assert len(result.err) < 500
+
+
+def test_a_pipe_is_not_waited_for(call, tmp_path):
+    os.mkfifo(tmp_path / "config.yaml")
+    assert_one_line(call("train_teacher", "--config", tmp_path / "config.yaml"), "is no file")
+    assert_one_line(call("train_teacher", "--config", tmp_path), "is no file")
+
+
+def test_anchors_that_end_are_taken(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("data: &d {source: mnist, flip: true}\nmodel_args: {<<: *d, flip: false}\n")
+    config = parse(TeacherConfig, ["--config", str(tmp_path / "recipe.yaml")])
+    assert config.model_args == {"source": "mnist", "flip": False}
+
+
+def test_what_can_be_true_may_stand_alone():
+    config = parse(TeacherConfig, ["--overwrite", "--compile", "--data.flip", "--seed", "3", "--deterministic"])
+    assert (config.overwrite, config.compile, config.data.flip, config.deterministic) == (True, True, True, True)
+    assert parse(TeacherConfig, ["--log_media", "false"]).log_media is False
+    evaluated = parse(EvaluateConfig, ["--trust_code", "runs/a", "--latency", "false", "runs/b"], positional="runs")
+    assert (evaluated.trust_code, evaluated.latency, evaluated.runs) == (True, False, ["runs/a", "runs/b"])
+
+
+def test_a_dollar_can_be_written_and_is_kept_by_the_runs_own_config(tmp_path):
+    config = parse(TeacherConfig, ["--output_dir", str(tmp_path / "a$$b")])
+    assert config.output_dir == str(tmp_path / "a$b")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.resolved))
+    assert parse(TeacherConfig, ["--config", str(tmp_path / "config.yaml")]).output_dir == config.output_dir
+
+
+def test_what_is_printed_is_what_runs(capsys):
+    flags = ["--config", "recipes/digits/kd.yaml", "--losses.KL.temperature", "8", "--teacher", "t", "--seed=5"]
+    with pytest.raises(SystemExit) as end:
+        parse(DistillConfig, [*flags, "--print_config"])
+    assert end.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed == parse(DistillConfig, flags).resolved
+    assert printed["losses"][0]["init_args"]["temperature"] == 8.0
+
+
+@pytest.mark.parametrize(
+    ("config_class", "flags", "message"),
+    [
+        (TeacherConfig, ["--epochs", "0"], "epochs 0"),
+        (TeacherConfig, ["--losses", "[KL]"], "KL needs a teacher"),
+        (DistillConfig, [], "teacher is not given"),
+        (DistillConfig, ["--teacher", "t", "--losses.KL.temperature", "-1"], "temperature"),
+    ],
+)
+def test_what_is_refused_is_not_printed(config_class, flags, message, capsys):
+    with pytest.raises(UserError, match=message):
+        parse(config_class, [*flags, "--print_config"])
+    assert capsys.readouterr().out == ""
+
+
+def test_the_help_of_a_loss_names_flags_that_work(capsys):
+    recipe = ["--config", "recipes/digits/kd.yaml"]
+    with pytest.raises(SystemExit):
+        parse(DistillConfig, [*recipe, "--losses.help", "KL"])
+    text = capsys.readouterr().out
+    assert "softened probabilities" in text
+    flags = [line.split() for line in text.splitlines() if line.strip().startswith("--losses.")]
+    assert [flag for flag, _ in flags] == [f"--losses.KL.{name}" for name in ("temperature", "standardize", "weight")]
+    parse(DistillConfig, [*recipe, *(word for pair in flags for word in pair)])
+
+
+@pytest.mark.parametrize(("script", "first"), [("distill", ["student", "teacher"]), ("train_teacher", ["model"])])
+def test_the_networks_come_first_in_the_help(call, script, first):
+    words = [word[2:] for word in call(script, "--help").out.split() if word.startswith("--")]
+    words = [word for word in dict.fromkeys(words) if word not in ("help", "config", "print_config", "FIELD")]
+    assert words[: len(first)] == first
