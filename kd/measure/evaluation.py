@@ -19,9 +19,10 @@ from kd.measure.compare import experiment
 from kd.measure.predict import predict, similarity
 from kd.measure.records import config_of
 from kd.models import Classifier, load_classifier
-from kd.run.config import DataConfig, EvaluateConfig
+from kd.run.config import EvaluateConfig
 from kd.run.contents import read_summary
 from kd.run.parse import read_yaml
+from kd.run.recorded import recorded_data
 from kd.teachers import load_teacher
 from kd.util.errors import UserError
 from kd.util.machine import device_name, versions
@@ -72,7 +73,7 @@ class Evaluator:
         summary, resolved = read_summary(folder), read_yaml(folder / "config.yaml")
         if not isinstance(resolved.get("data"), dict) or not {"seed", "seconds"} <= summary.keys():
             raise UserError(f"run {run!r} is damaged: config.yaml or summary.json lacks fields; train it again")
-        key, data = self._load(resolved["data"])
+        key, data = self._load(resolved["data"], run)
         _match(classifier, data, run)
         split = getattr(data, self.config.split)
         if split is None:
@@ -136,17 +137,16 @@ class Evaluator:
         every = [value for values in row["corruptions"].values() for value in values]
         row["corruption_mean"] = sum(every) / len(every)
 
-    def _load(self, settings: dict) -> tuple[str, Data]:
-        settings = {name: value for name, value in settings.items() if name in _DATA_FIELDS}
+    def _load(self, settings: dict, run: str) -> tuple[str, Data]:
+        ours = {"cache_dir": self.config.cache_dir, "download_dir": self.config.download_dir}
         if self.config.source:  # the run's subset and validation are not those of other images
-            settings.update(source=self.config.source, num_train=None)
+            ours |= {"source": self.config.source, "num_train": None}
             if self.config.split == "test":
-                settings.update(val_fraction=0.0)
-        if self.config.cache_dir:
-            settings["cache_dir"] = self.config.cache_dir
-        key = json.dumps(settings, sort_keys=True)
+                ours["val_fraction"] = 0.0
+        config = recorded_data(settings, run, **ours)
+        key = json.dumps(dataclasses.asdict(config), sort_keys=True)
         if key not in self._data:
-            self._data[key] = load_data(DataConfig(**settings))
+            self._data[key] = load_data(config)
         return key, self._data[key]
 
     def _ask(self, network, data: Data, split: Split) -> tuple[Tensor, Tensor]:
@@ -241,9 +241,6 @@ def _tap_pairs(losses: list[dict], more: list[str]) -> list[tuple[str, str]]:
         pairs += [(one, other)] if one and other else []
         pairs += zip(arguments.get("student_taps") or [], arguments.get("teacher_taps") or [], strict=False)
     return list(dict.fromkeys(pairs))
-
-
-_DATA_FIELDS = {f.name for f in dataclasses.fields(DataConfig)}
 
 
 def _match(classifier: Classifier, data: Data, run: str) -> None:

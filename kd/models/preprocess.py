@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd.util.errors import UserError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_SIDE, MAX_NUMBER = 8192, 1e6  # pixels, and of mean and std: a file may hold any numbers
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,9 @@ class View:
         channels: 3 (grey is repeated) or 1 (colour becomes luminance, ITU-R 601).
         mean, std: a number a channel, on the scale 0..1.
         source_size: (H, W) of the training images before resizing: images of other sizes are brought to it first.
+
+    Raises:
+        UserError: a side is not from 1 to `MAX_SIDE`, or mean or std have not one finite number a channel.
     """
 
     resize: int | None = None
@@ -35,6 +41,22 @@ class View:
         for name in ("mean", "std", "source_size"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else tuple(value))
+        for side in (self.resize, self.crop, *(self.source_size or ())):
+            if side is not None and not (isinstance(side, int) and 1 <= side <= MAX_SIDE):
+                raise UserError(f"images with a side of {side!r} pixels; it is a whole number from 1 to {MAX_SIDE}")
+        if len(self.source_size or "HW") != 2:
+            raise UserError(f"images of source_size {self.source_size!r}; it is height and width")
+        numbers = (*self.mean, *self.std)
+        if not (
+            self.channels in (1, 3)
+            and len(self.mean) == len(self.std) == self.channels
+            and all(isinstance(number, int | float) and abs(number) < MAX_NUMBER for number in numbers)
+            and min(self.std) > 0
+        ):
+            raise UserError(
+                f"images of {self.channels!r} channels, mean {self.mean} and std {self.std}; there are 1 or 3, each "
+                f"with a finite mean and a std above 0"
+            )
 
     def to_dict(self) -> dict:
         """As plain JSON values; `View(**d)` reads it back."""

@@ -14,6 +14,7 @@ from PIL import EpsImagePlugin, Image
 from refusing import _one_thread, out, runs, teacher, train  # noqa: F401 (fixtures)
 
 import kd
+from kd.tools.export.images import RunImages
 from kd.track import _identity
 from kd.util.errors import UserError
 
@@ -205,3 +206,70 @@ def test_pillow_s_other_decoders_are_not_started(tmp_path, teacher, call, monkey
     result = call("kd.predict", teacher, tmp_path / "x.jpg")
     assert result.status == 1
     assert "x.jpg (not an image of a known format (JPEG, PNG, " in result.err
+
+
+# Sizes and folders
+
+IMAGE = {"resize": 28, "crop": None, "channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3, "source_size": [8, 8]}
+SIDE = "it is a whole number from 1 to 8192"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("source_size", [50_000, 50_000], f"a side of 50000 pixels; {SIDE}"),
+        ("source_size", [8, 10**9], f"a side of 1000000000 pixels; {SIDE}"),
+        ("source_size", [0, 8], f"a side of 0 pixels; {SIDE}"),
+        ("source_size", [8], "source_size (8,); it is height and width"),
+        ("source_size", "88", f"a side of '8' pixels; {SIDE}"),
+        ("resize", 10**9, f"a side of 1000000000 pixels; {SIDE}"),
+        ("resize", -1, f"a side of -1 pixels; {SIDE}"),
+        ("crop", 10**9, f"a side of 1000000000 pixels; {SIDE}"),
+        ("crop", 1.5, f"a side of 1.5 pixels; {SIDE}"),
+        ("channels", 10**9, "images of 1000000000 channels"),
+        ("mean", [0.5] * 2, "each with a finite mean and a std above 0"),
+        ("mean", ["a"] * 3, "each with a finite mean and a std above 0"),
+        ("std", [0.5, 0.5, float("inf")], "each with a finite mean and a std above 0"),
+        ("std", [10**400] * 3, "each with a finite mean and a std above 0"),
+        ("std", [0.5, 0.5, 0], "each with a finite mean and a std above 0"),
+    ],
+)
+def test_sizes_of_images_in_config_json(teacher, call, field, value, words):
+    rewrite(teacher, preprocess={**IMAGE, field: value})
+    assert_one_line(call("kd.predict", teacher, "docs/speed.png"), f"run '{teacher}': images ", words)
+
+
+@pytest.fixture
+def rewrite_data(teacher):
+    """Change fields of the teacher's data in its config.yaml."""
+
+    def change(**fields) -> None:
+        config = yaml.safe_load((teacher / "config.yaml").read_text())
+        config["data"] |= fields
+        (teacher / "config.yaml").write_text(yaml.safe_dump(config))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("resize", "large"), ("val_fraction", 7), ("channels", 10**9), ("mean", 1)]
+)
+def test_sizes_of_images_in_config_yaml(teacher, rewrite_data, call, field, value):
+    rewrite_data(**{field: value})
+    assert_one_line(call("evaluate", teacher, "--latency", "false"), f"run '{teacher}' is damaged: config.yaml", field)
+
+
+@pytest.mark.parametrize("field", ["cache_dir", "download_dir", "num_workers", "store"])
+def test_a_machine_s_own_folders_and_processes_are_not_followed(teacher, rewrite_data, call, tmp_path, field):
+    value = {"num_workers": 10**9, "store": "stream"}.get(field, str(tmp_path / "theirs"))
+    rewrite_data(**{field: value})
+    assert call("evaluate", teacher, "--latency", "false").status == 0
+    assert RunImages(teacher, kd.load(teacher)).absent is None
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_folders_are_named_by_who_measures(teacher, call, tmp_path):
+    assert call("evaluate", teacher, "--latency", "false", "--cache_dir", tmp_path / "mine").status == 0
+    assert list((tmp_path / "mine/store").glob("digits-*/meta.json"))
+    RunImages(teacher, kd.load(teacher), cache_dir=str(tmp_path / "also"))
+    assert list((tmp_path / "also/store").glob("digits-*/meta.json"))

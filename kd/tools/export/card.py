@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import inspect
 import json
@@ -18,9 +17,9 @@ import kd
 from kd.data.views import Views
 from kd.losses import LOSSES, paper
 from kd.measure.records import objective
-from kd.run.config import DataConfig
 from kd.run.contents import read_summary
 from kd.run.parse import differing_fields, read_yaml
+from kd.run.recorded import recorded_data
 from kd.util.errors import UserError
 from kd.util.machine import install_command
 
@@ -89,7 +88,6 @@ def _values(run: Path, config: dict, summaries: list[dict]) -> dict:
         kind, arguments = arguments["student"], arguments["student_args"]
     given = f" ({', '.join(f'{key}={value}' for key, value in arguments.items())})" if arguments else ""
     share, count = summaries[0]["test_accuracy"] / 100, summaries[0]["images"]["test"]
-    known = {field.name for field in dataclasses.fields(DataConfig)}
     first = config["weights"] or config["init_from"]
     return {
         "title": escaped(_name(run)),
@@ -103,7 +101,7 @@ def _values(run: Path, config: dict, summaries: list[dict]) -> dict:
         "results": [row for row in (_row(summaries, *measured) for measured in _MEASURED) if row],
         "seeds": [summary["seed"] for summary in summaries],
         "view": saved["preprocess"],
-        "views": Views.of(DataConfig(**{name: value for name, value in data.items() if name in known})).words(),
+        "views": Views.of(recorded_data(data, str(run))).words(),
         "first_weights": _public(first) if first else None,
         "objective": objective(config["losses"]),
         "losses": [words for words in dict.fromkeys(map(_in_words, config["losses"])) if words],

@@ -91,6 +91,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="of onnx and torch: take uint8 images (inside, the default) or prepared ones")  # fmt: skip
     parser.add_argument("--license", metavar="NAME", help="of hub: the licence of these weights, for the model card")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("--cache_dir", metavar="FOLDER", help="where decoded images are kept; default ~/.cache/kd")
+    parser.add_argument("--download_dir", metavar="FOLDER", help="where named sets are; default CACHE_DIR/downloads")
     parser.add_trust()
     arguments = parser.parse_intermixed_args(argv)
     for flag, formats in (("quantize", ("onnx",)), ("preprocess", tuple(SUFFIXES)), ("license", ("hub",))):
@@ -106,7 +108,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _write_program(arguments, run: Path, classifier: Classifier, file: Path) -> None:
     """An ONNX file or a torch.export program, and beside it a description with the numbers that are printed."""
     inside = arguments.preprocess != "outside"
-    module, images = deployed(classifier, inside), RunImages(run, classifier)
+    module = deployed(classifier, inside)
+    images = RunImages(run, classifier, cache_dir=arguments.cache_dir, download_dir=arguments.download_dir)
 
     def prepare(batch):
         return batch if inside else classifier.preprocess(batch)

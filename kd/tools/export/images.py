@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,8 @@ from torch import Tensor
 from kd.data import Split, load_data
 from kd.data.split import balanced_order
 from kd.models import Classifier
-from kd.run.config import DataConfig
 from kd.run.parse import read_yaml
+from kd.run.recorded import recorded_data
 from kd.util.errors import UserError
 
 
@@ -23,15 +22,16 @@ class RunImages:
     Args:
         run: the run folder; nothing is downloaded for it.
         classifier: its network.
+        folders: `cache_dir` and `download_dir`, where they are not the default.
 
     `absent` says why there is only noise; None where the run's images are there.
     """
 
-    def __init__(self, run: Path, classifier: Classifier):
+    def __init__(self, run: Path, classifier: Classifier, **folders: str | None):
         self.classifier, self.view = classifier, classifier.preprocess.view
         self.data = self.absent = None
         try:
-            self.data = _open(run, classifier)
+            self.data = _open(run, classifier, folders)
         except UserError as error:
             self.absent = str(error)
         size = self.view.source_size or (self.data.image_shape[1:] if self.data else None)
@@ -63,12 +63,11 @@ class RunImages:
         return images.expand(-1, self.view.channels, -1, -1).contiguous()  # grey is repeated
 
 
-def _open(run: Path, classifier: Classifier):
+def _open(run: Path, classifier: Classifier, folders: dict[str, str | None]):
     if not (run / "config.yaml").is_file():
         raise UserError("it has no config.yaml")
     settings = read_yaml(run / "config.yaml").get("data") or {}
-    known = {field.name for field in dataclasses.fields(DataConfig)}
-    data = load_data(DataConfig(**{name: value for name, value in settings.items() if name in known}), download=False)
+    data = load_data(recorded_data(settings, str(run), **folders), download=False)
     if set(data.classes) != set(classifier.classes):
         raise UserError(f"{settings.get('source')} has other classes than the run")
     size = classifier.preprocess.view.source_size

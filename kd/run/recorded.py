@@ -1,0 +1,37 @@
+"""The data settings in a run's config.yaml, as another command takes them: checked, and on this machine's own terms."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+
+from jsonargparse import ArgumentParser
+
+from kd.run.config import FREE_FIELDS, DataConfig
+from kd.util.errors import UserError
+
+_FIELDS = [f.name for f in dataclasses.fields(DataConfig)]
+# Folders, processes and memory: where and how whoever trained the run had its images is not followed.
+_OF_A_MACHINE = {name.removeprefix("data.") for name in FREE_FIELDS}
+
+
+def recorded_data(settings: Mapping, run: str, **ours) -> DataConfig:
+    """The data that a run was trained with.
+
+    Args:
+        settings: `data` of its config.yaml.
+        run: its name, for errors.
+        ours: fields that are given here instead.
+
+    Raises:
+        UserError: a field has a value that it cannot have.
+    """
+    given = {name: value for name, value in settings.items() if name in _FIELDS and name not in _OF_A_MACHINE}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(DataConfig, "data")
+    try:
+        return parser.instantiate_classes(parser.parse_object({"data": {**given, **ours}})).data
+    except (ValueError, TypeError, argparse.ArgumentError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"run {run!r} is damaged: config.yaml: {reason}") from None
