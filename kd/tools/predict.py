@@ -26,6 +26,7 @@ from kd.report.page import thumbnail
 from kd.run.folder import is_run
 from kd.tools.predict_page import Prediction, page
 from kd.util.errors import CommandParser, UserError
+from kd.util.escape import in_terminal
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,9 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     predictions, unreadable = ask(networks, files, arguments.top, thumbnails=bool(arguments.html))
     left_out += unreadable
     for name, why in left_out:
-        print(f"left out: {name} ({why})", file=sys.stderr)
+        print(in_terminal(f"left out: {name} ({why})"), file=sys.stderr)
     if predictions or arguments.format != "table":
-        print({"table": _table, "json": _json, "csv": _csv}[arguments.format](runs, predictions, left_out))
+        form = {"table": _table, "json": _json, "csv": _csv}[arguments.format]
+        print(in_terminal(form(runs, predictions, left_out)))
     if arguments.html:
         Path(arguments.html).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.html).write_text(page(runs, predictions, left_out), encoding="utf-8")
@@ -121,6 +123,7 @@ def _table(runs: list[str], predictions: list[Prediction], _left_out) -> str:
     for said in predictions:
         cells = [(", ".join(f"{c} {100 * p:.1f} %" for c, p in said.best[run]), said.milliseconds[run]) for run in runs]
         rows.append([said.image, *(text for best, ms in cells for text in (best, f"{ms:.1f}"))])
+    rows = [[in_terminal(cell).replace("\n", "\\n") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     form = [str.rjust if i and i % 2 == 0 else str.ljust for i in range(len(widths))]  # times end at one place
     lines = ["  ".join(put(c, w) for put, c, w in zip(form, row, widths, strict=True)).rstrip() for row in rows]
