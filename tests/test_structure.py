@@ -32,7 +32,7 @@ ROOMS = (
     "tools",
 )
 COMMANDS = {"predict", "export", "sweep", "workspace"}  # files of a few lines, `python -m kd.NAME`
-KNOWS_PROCESSES = ("train/", "track/", "util/parallel.py")
+KNOWS_PROCESSES = ("train/", "track/", "util/gathers.py", "util/processes.py")
 
 
 def imports(tree: ast.AST) -> set[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.outputs import Batch, Outputs
-from kd.util.parallel import global_rows
+from kd.util.gathers import global_rows
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kd import keyed
 from kd.losses.base import FeatureLoss, Setting
 from kd.outputs import Batch, Outputs
-from kd.util.parallel import global_rows
+from kd.util.gathers import global_rows
 
 CHUNK = 1 << 23  # scalars that one part of a batch may need at once
 # A gathered negative moves about 3 D scalars through memory (read, written, read); a place in a matrix product with the

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kd.losses.base import SoftenedLoss, z_score
 from kd.outputs import Batch, Outputs
-from kd.util.parallel import global_rows
+from kd.util.gathers import global_rows
 
 
 def correlation(one: Tensor, other: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kd.losses.base import Setting, StagesLoss
 from kd.outputs import Batch, Outputs
-from kd.util.parallel import global_rows
+from kd.util.gathers import global_rows
 
 
 def edges(features: Tensor) -> Tensor:

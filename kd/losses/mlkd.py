@@ -14,7 +14,7 @@ from torch import Tensor
 from kd.losses.base import LogitLoss
 from kd.losses.kl import kl_divergence
 from kd.outputs import Batch, Outputs
-from kd.util.parallel import global_rows
+from kd.util.gathers import global_rows
 
 
 def gram_losses(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kd.losses.base import Setting, StagesLoss
 from kd.losses.parts import alike, connector, same_size
 from kd.outputs import Batch, Outputs
-from kd.util.parallel import global_rows
+from kd.util.gathers import global_rows
 
 
 def partial_distance(student: Tensor, teacher: Tensor, margins: Tensor) -> Tensor:

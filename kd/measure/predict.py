@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from kd.data import Split
 from kd.measure import metrics
-from kd.util.parallel import gather_rows
+from kd.util.gathers import gather_rows
 
 
 @torch.inference_mode()

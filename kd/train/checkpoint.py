@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kd.util.errors import is_main_process, say
 from kd.util.files import built_aside, delete, sync_folder, write_synced
-from kd.util.parallel import share_out
+from kd.util.gathers import share_out
 
 KEEP = 2
 _WHOLE = re.compile(r"step_\d{8}")

@@ -15,7 +15,7 @@ from kd.train import zero
 from kd.train.checkpoint import load_optimizer_tensors, optimizer_tensors
 from kd.train.distiller import Distiller
 from kd.train.optim import make_optimizer
-from kd.util.parallel import gradient_norm, share_loss_buffers, share_out, whole
+from kd.util.gathers import gradient_norm, share_loss_buffers, share_out, whole
 
 
 class Engine:

@@ -26,7 +26,8 @@ from kd.train.engine import Engine, make_engine
 from kd.train.meter import Meter, not_finite
 from kd.train.optim import learning_rate
 from kd.util.errors import UserError, say
-from kd.util.parallel import StopSignal, all_finite, answering_roll_calls, copy_whole, share_buffers
+from kd.util.gathers import all_finite, copy_whole, share_buffers
+from kd.util.processes import StopSignal, answering_roll_calls
 
 
 def fit(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kd.util.errors import UserError
+from kd.util.gathers import is_shared_out
 from kd.util.machine import peak_memory_mb
-from kd.util.parallel import is_shared_out
 
 
 class Meter:

@@ -149,7 +149,7 @@ def _lost_contact(error: RuntimeError) -> str | None:
         return None
     for number in (signal.SIGTERM, signal.SIGUSR1):  # the launcher ends all when one dies: first say which
         signal.signal(number, signal.SIG_IGN)
-    from kd.util.parallel import lost_contact
+    from kd.util.processes import lost_contact
 
     return lost_contact(error)
 

@@ -62,7 +62,7 @@ def launched(job: Job):
     """The job under `accelerate launch`, once it trains."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2proc.yaml"]
     command += ["tests/faults/launched.py", *map(str, job.command("--num_threads", 1))]
-    path = os.pathsep.join(str(ROOT / folder) for folder in ("", "tests", "tests/faults"))
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("", "tests", "tests/faults", "tests/train"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     job.output.unlink(missing_ok=True)
     with job.output.open("ab") as output:

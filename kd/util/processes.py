@@ -1,0 +1,178 @@
+"""Signals that all processes see after the same step, and which of them do not answer after an exchange failed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+class StopSignal:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that all processes see after the same step.
+
+    The flags are combined over gloo on the CPU, so that this waits for no GPU. A second Ctrl-C interrupts at
+    once, if it comes a second or more after the first: a launcher passes on the one that the terminal sent to all. Use
+    as a context manager: handlers are put back at the end.
+
+    Args:
+        timeout: seconds to wait for the other processes' flags.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, timeout: float):
+        self.received, self._when = 0, 0.0
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if several else None
+        self._before = {}
+
+    def __enter__(self):
+        for number in self.SIGNALS:
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def ignore_repeats(self) -> None:
+        """From here on only Ctrl-C ends this process: it is about to end by itself, and whoever sends a signal once may
+        send it again."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+            self._before[number] = signal.SIG_IGN
+
+    def _receive(self, number, _frame):
+        now = time.monotonic()
+        if self.received and number == signal.SIGINT and now - self._when > 1:
+            raise KeyboardInterrupt
+        self.received, self._when = number, now
+
+    def agreed(self) -> int:
+        """The largest signal number that any process has received; 0 if none has."""
+        if self._group is None:
+            return self.received
+        flag = torch.tensor([self.received], dtype=torch.int32)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        return int(flag)
+
+
+_roll_is_called = threading.Event()
+
+
+def _store(timeout: float) -> dist.Store:
+    """A connection of our own to the store by which the processes found each other; the launcher keeps it or, without
+    one, the first process.
+
+    Args:
+        timeout: seconds to wait for it.
+
+    Raises:
+        RuntimeError: it is gone.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
+    return dist.PrefixStore(f"kd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+@contextmanager
+def answering_roll_calls() -> Iterator[None]:
+    """Let a thread answer for this process, whose exchange may wait for one that has noticed a loss and lives."""
+    left = threading.Event()
+
+    def answer() -> None:
+        with suppress(RuntimeError):
+            store = _store(60)
+            while not left.wait(1):
+                if store.check(["roll"]):
+                    _roll_is_called.set()
+                    store.set(f"alive/{dist.get_rank()}", "")
+                    return
+
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        threading.Thread(target=answer, daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()
+
+
+class _RollCall(threading.Thread):
+    """Asks all processes for a sign of life, in a thread: a store whose process hangs never answers.
+
+    Args:
+        timed_out: whether the failed exchange waited until its end, so that a process that is silent and alive hangs.
+        patience: seconds for the others to answer.
+
+    Attributes:
+        speaks: whether this process is the one to tell the user.
+        missing: ranks that do not answer.
+    """
+
+    def __init__(self, timed_out: bool, patience: float):
+        super().__init__(daemon=True)
+        self.timed_out, self.patience, self.rank = timed_out, patience, dist.get_rank()
+        # Without a launcher the first process keeps the store, and may not answer; the next one says it then.
+        self.missing, self.speaks = [0], self.rank == 1 and not _roll_is_called.is_set()
+
+    def run(self) -> None:
+        with suppress(RuntimeError):
+            store, end = _store(self.patience), time.monotonic() + self.patience
+            self.speaks = store.add("roll", 1) == 1
+            for key in ("alive", "noticed"):
+                store.set(f"{key}/{self.rank}", "")
+            if self.speaks:
+                self._count(store, end)
+                store.set("named", "")
+            while not store.check(["named"]):  # the one that keeps the store must not end before
+                time.sleep(0.1)
+
+    def _count(self, store: dist.Store, end: float) -> None:
+        silent = list(range(dist.get_world_size()))
+        while silent := [rank for rank in silent if not store.check([f"noticed/{rank}"])]:
+            if time.monotonic() > end:
+                break
+            time.sleep(0.1)
+        dead = [rank for rank in silent if not store.check([f"alive/{rank}"])]
+        # One that is alive and lets the others wait hangs; other errors need not reach all.
+        self.missing = dead or (silent if self.timed_out else [])
+
+
+def lost_contact(error: RuntimeError, patience: float = 5.0) -> str | None:
+    """After an exchange with the other processes failed: which of them do not answer a roll call.
+
+    Args:
+        error: what was raised; anything but a failed exchange is not explained.
+        patience: seconds for the others to answer.
+
+    Returns:
+        The message for the user; "" if another process is the one to give it; None if `error` is something else.
+    """
+    text = str(error).lower()
+    if not isinstance(error, dist.DistError) and not any(word in text for word in ("gloo", "nccl")):
+        return None
+    detail = " ".join(str(error).split())[:200]
+    if not dist.is_initialized():  # the first process may have ended with a line of its own
+        why = f"no contact with the other processes ({detail}): one has ended, or the launcher's address is wrong"
+        return why if os.environ.get("RANK") in ("0", "1") else ""
+    if (count := dist.get_world_size()) == 1:
+        return None
+    roll = _RollCall("timed out" in text, patience)
+    roll.start()
+    roll.join(2 * patience)
+    missing = roll.missing
+    if not roll.speaks:
+        return ""
+    if not missing:
+        why = f"the processes lost contact ({detail})"
+    else:
+        who = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" * (len(missing) > 8))
+        why = f"process {who} of {count} (counted from 0) does not answer: killed, hung, or its machine is down"
+    return f"{why}; the same command resumes from the last checkpoint"
