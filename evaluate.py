@@ -27,7 +27,6 @@ def main(argv: list[str] | None = None) -> int:
     from kd.run.folder import is_run, refuse_runs_file
     from kd.train import zero
     from kd.train.setup import keep_freed_memory, on_cpu, set_threads
-    from kd.util.escape import in_terminal
     from kd.util.files import write_atomic
 
     if config.json:
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             results.append(evaluator.measure(run))
     if accelerator.is_main_process:
         groups = compare([result.row for result in results], config.baseline)
-        print(in_terminal(render(results, groups, config.format)), flush=True)
+        print(render(results, groups, config.format), flush=True)
         with contextlib.redirect_stdout(sys.stderr):
             for note in all_notes(results, groups):
                 say(f"note: {note}")
@@ -66,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
                 files = write_report(Path(config.report), results, groups)
                 say(f"wrote {config.report}/: {', '.join(file.name for file in files)}")
         if config.format in ("table", "markdown") and verdicts(groups):
-            print(*verdicts(groups), sep="\n", flush=True)
+            print("", *verdicts(groups), sep="\n", flush=True)
     accelerator.end_training()
     return 0
 

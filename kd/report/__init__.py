@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from kd.data.sources import RawSplit, find_source
 from kd.measure import metrics
 from kd.measure.evaluation import Measured
 from kd.measure.records import Record
 from kd.report.page import thumbnail
 from kd.report.sections import report_page
-from kd.report.tables import (
-    against,
-    aligned,
-    all_notes,
-    caption,
-    class_table,
-    comparison_table,
-    content,
-    runs_table,
-    speed_table,
-    to_json,
-)
+from kd.report.tables import content, to_json, to_markdown
 from kd.util.files import write_atomic
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
@@ -48,27 +41,17 @@ def write_report(folder: Path, results: list[Measured], groups: list[dict]) -> l
     said["differences"] = [differences(student, MOST_IMAGES // len(first)) for student in first]
     said["soft_targets"] = soft_targets(students)
     pictures: dict[tuple[str, int], str] = {}
-    views = {student.name: student.view for student in students}
+    known = {student.name: student for student in students}
     for part in (*said["differences"], *said["soft_targets"]):
+        student = known[part["run"]]
         for image in part["images"]:
-            pictures[part["run"], image["image"]] = _picture(views[part["run"]], image["image"])
-    rows = [result.row for result in results]
-    text = [
-        f"# {caption(rows)}",
-        aligned(runs_table(rows), True),
-        aligned(comparison_table(groups), True),
-        *against(groups),
-        *([aligned(speed_table(rows), True)] if any(row["speed"] for row in rows) else []),
-        *(f"- {note}" for note in all_notes(results, groups)),
-        aligned(class_table(rows), True),
-        "![accuracy against cost](accuracy_vs_cost.png)",
-        *([f"Times on {rows[0]['device']}, preprocessing included."] if rows[0]["speed"] else []),
-    ]
+            pictures[part["run"], image["image"]] = _picture(student.view, image["image"])
+            image["file"] = _file_name(student, image["image"])
     files = {
-        "index.html": report_page(said, records, pictures).encode("utf-8", "replace"),
+        "index.html": report_page(said, records, pictures),
         "results.json": to_json(said),
-        "report.md": ("\n\n".join(text) + "\n").encode("utf-8", "replace"),
-        "accuracy_vs_cost.png": plots.png(plots.accuracy_against_cost(rows)),
+        "report.md": to_markdown(results, groups, "accuracy_vs_cost.png").encode(),
+        "accuracy_vs_cost.png": plots.png(plots.accuracy_against_cost([result.row for result in results])),
     }
     for name, file in files.items():
         write_atomic(folder / name, file)
@@ -115,7 +98,7 @@ def soft_targets(students: list[Measured]) -> list[dict]:
     Returns:
         For each teacher: `teacher`, the first `run` that it taught, `temperatures`, and `images` that it gets right, of
         different classes, those of which it is most nearly 80 % sure: each one's position, `label`, likeliest `classes`
-        and for each temperature their `probabilities`, the last of which is that of all other classes.
+        and for each temperature their `probabilities`, and where there are more classes that of all others.
     """
     found: dict[tuple, list[Measured]] = {}
     for student in students:
@@ -151,8 +134,26 @@ def _soften(logits: Tensor, classes: list[str], temperatures: list[float]) -> di
     rows = []
     for temperature in temperatures:
         values = (logits.double() / temperature).softmax(0)[top].tolist()
-        rows.append([*values, max(0.0, 1 - sum(values))])
+        rows.append([*values, max(0.0, 1 - sum(values))] if len(classes) > SOFT_CLASSES else values)
     return {"classes": [classes[i] for i in top.tolist()], "probabilities": rows}
+
+
+def _file_name(result: Measured, place: int) -> str | None:
+    """An image's file below its source's folder, or its row there; None where images are no files, or some were left
+    out."""
+    row, store = result.row, result.view.store
+    if not Path(row["source"]).expanduser().is_dir():
+        return None
+    splits = _raw_splits(row["source"], *(row["config"]["data"].get(key) for key in ("image_column", "label_column")))
+    raw, where = splits.get(row["split"], splits["train"]), int(result.view.places[place])
+    if not np.array_equal(raw.labels, store.labels):
+        return None
+    return raw.name(where) if raw.title else os.path.relpath(raw.name(where), Path(row["source"]).expanduser())
+
+
+@functools.cache
+def _raw_splits(source: str, image_column: str | None, label_column: str | None) -> dict[str, RawSplit]:
+    return find_source(source, Path(), image_column, label_column).open()[1]
 
 
 def _picture(view, place: int) -> str:

@@ -21,7 +21,6 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from kd.measure.compare import group_names, pareto, spread
 from kd.report.tables import class_gains as gains
-from kd.report.tables import shared_folder as shared_folder
 from kd.report.tables import short_names
 
 INK = "#1b1e23"  # becomes the text's colour on the page, so that the plots are legible in dark mode too
@@ -268,6 +267,7 @@ def soft_targets(figure: Plot, image: dict, temperatures: list[float]) -> None:
     """A teacher's likeliest classes for one image of `kd.results(...)["soft_targets"]`, a panel a temperature."""
     figure.set_size_inches(1 + 1.05 * len(temperatures), 0.6 + 0.26 * (len(image["classes"]) + 1))
     labels = [*(_short(name, 14) for name in image["classes"]), "others"]
+    labels = labels[: len(image["probabilities"][0])]  # others where there are more classes
     places = range(len(labels))
     panels = figure.subplots(1, len(temperatures), sharey=True, squeeze=False).flat
     for axes, temperature, values in zip(panels, temperatures, image["probabilities"], strict=True):

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kd.data.corrupt import SEVERITIES
 from kd.measure.compare import spread
+from kd.report import page
+from kd.util.escape import in_markdown
 
 if TYPE_CHECKING:  # what measures is slow to import and not needed to show saved numbers
     from kd.measure.evaluation import Measured
 
-Table = tuple[list[str], list[list[str]]]  # the head and the lines, all text
 WIDTH = 120  # columns that a printed table may have
-
+MOST_PRINTED = 20  # classes of the printed table
 MOST_DENSE = 100  # classes of a confusion matrix that is kept whole
 MOST_PAIRS = 100  # of the most frequent mistakes
 
@@ -43,24 +43,88 @@ SPEED = (
 )
 
 
+@dataclass
+class Table:
+    """Text in columns; the first cell of a line names it.
+
+    words: titles of the columns that hold words, which stand on the left on a page.
+    """
+
+    head: list[str]
+    body: list[list[str]]
+    words: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """For a terminal. Where that is too wide and the lines' names are paths, the folder they share goes above."""
+        text, folder = _aligned(self.head, self.body), shared_folder([line[0] for line in self.body])
+        if not folder or _width(text) <= WIDTH:
+            return text
+        return f"in {folder}:\n" + _aligned(self.head, [[os.path.relpath(n, folder), *line] for n, *line in self.body])
+
+    def markdown(self) -> str:
+        lines = [self.head, ["---", *["---:"] * (len(self.head) - 1)], *self.body]
+        return "\n".join(f"| {' | '.join(map(in_markdown, line))} |" for line in lines)
+
+
+def _aligned(head: list[str], body: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    lines = ([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for first, *rest in (head, *body))
+    return "\n".join(map("  ".join, lines))
+
+
+def _width(text: str) -> int:
+    return max(map(len, text.splitlines()))
+
+
 def render(results: list[Measured], groups: list[dict], form: str) -> str:
     """All that is printed: `json` and `csv` hold the numbers of all runs, `table` and `markdown` what fits the eye."""
     if form == "json":
         return to_json(content(results, groups)).decode().rstrip()
     if form == "csv":
         return to_csv(results, groups).rstrip()
-    markdown, rows = form == "markdown", [result.row for result in results]
-    parts = [caption(rows), aligned(runs_table(rows), markdown)]
-    if len(groups) > 1 or groups[0]["n"] > 1:
-        parts += [aligned(comparison_table(groups), markdown), *against(groups)]
-    if "corruptions" in rows[0]:
-        parts.append(aligned(corruption_table(rows, groups), markdown))
-    if any(row["cka"] for row in rows):
-        parts.append(aligned(cka_table(rows), markdown))
-    classes = aligned(class_table(rows), markdown)
-    if len(rows[0]["per_class"]) <= 20 and (markdown or _width(classes) <= WIDTH):
-        parts.append(classes)
+    if form == "markdown":
+        return to_markdown(results, groups)
+    rows = [result.row for result in results]
+    parts = [caption(rows)]
+    for name, table in all_tables(rows, groups).items():
+        if name == "classes" and (len(table.body) > MOST_PRINTED or _width(table.text()) > WIDTH):
+            continue
+        parts += [table.text()] if name != "speed" else []
+        parts += against(groups) if name == "comparison" else []
     return "\n\n".join(parts)
+
+
+def to_markdown(results: list[Measured], groups: list[dict], picture: str = "") -> str:
+    """What `report.md` holds: the tables, and the verdict.
+
+    Args:
+        picture: a file to show at the end.
+    """
+    rows = [result.row for result in results]
+    return page.render(
+        "report.md",
+        caption=caption(rows),
+        device=rows[0]["device"],
+        verdicts=verdicts(groups),
+        tables=all_tables(rows, groups),
+        against=against(groups),
+        notes=all_notes(results, groups),
+        picture=picture,
+    ).decode()
+
+
+def all_tables(rows: list[dict], groups: list[dict]) -> dict[str, Table]:
+    """The tables that there are something to say in, by name."""
+    tables = {"runs": runs_table(rows)}
+    if len(groups) > 1 or groups[0]["n"] > 1:
+        tables["comparison"] = comparison_table(groups)
+    if any(row["speed"] for row in rows):
+        tables["speed"] = speed_table(rows)
+    if "corruptions" in rows[0]:
+        tables["corruptions"] = corruption_table(rows, groups)
+    if any(row["cka"] for row in rows):
+        tables["features"] = cka_table(rows)
+    return {**tables, "classes": class_table(rows)}
 
 
 def caption(rows: list[dict]) -> str:
@@ -80,13 +144,15 @@ def shown(value: float | None, form: str, unit: float = 1) -> str:
 
 def runs_table(rows: list[dict]) -> Table:
     """One line a run: accuracy, calibration, agreement with its teacher, cost."""
-    body = [[row["run"], *(shown(row[key], form, unit) for _, key, form, unit in COLUMNS)] for row in rows]
-    return ["run", *(title for title, *_ in COLUMNS)], body
+    of_many = any(len(row["per_class"]) > 5 for row in rows)
+    columns = [column for column in COLUMNS if column[1] != "top5" or of_many]
+    body = [[row["run"], *(shown(row[key], form, unit) for _, key, form, unit in columns)] for row in rows]
+    return Table(["run", *(title for title, *_ in columns)], body)
 
 
 def comparison_table(groups: list[dict]) -> Table:
     """One line a group of seeds: accuracy, and what it gains over its baseline."""
-    head = ["runs", "n", "top-1 %", "gain", "95 % interval", "McNemar p", "gap closed %", "Pareto front by"]
+    head = ["runs", "gain", "95 % interval", "top-1 %", "n", "McNemar p", "gap closed %", "Pareto front by"]
     body = []
     for group in groups:
         top1, tests = group["spread"]["top1"], sorted(test["p"] for test in group["mcnemar"] or [])
@@ -94,26 +160,28 @@ def comparison_table(groups: list[dict]) -> Table:
         body.append(
             [
                 group["name"],
-                str(group["n"]),
-                f"{top1['mean']:.2f}" + ("" if top1["std"] is None else f" ± {top1['std']:.2f}"),
                 shown(group["difference"], "+.2f"),
                 "-" if group["interval"] is None else "{:+.2f} to {:+.2f}".format(*group["interval"]),
+                f"{top1['mean']:.2f}" + ("" if top1["std"] is None else f" ± {top1['std']:.2f}"),
+                str(group["n"]),
                 " to ".join(dict.fromkeys(f"{p:.2g}" for p in (tests[0], tests[-1]))) if tests else "-",
                 shown(group["gap_closed"], ".0f"),
                 ", ".join(front) or "-",
             ]
         )
-    return head, body
+    return Table(head, body)
 
 
 def against(groups: list[dict]) -> list[str]:
-    """What the comparison table's gains are over, a sentence or none."""
+    """What the comparison table's gains are, a sentence or none."""
     over: dict[str, list[str]] = {}
+    names = [group["name"] for group in groups]
+    short = dict(zip(names, short_names(names), strict=True))
     for group in groups:
         if group["baseline"]:
-            over.setdefault(group["baseline"], []).append(group["name"])
-    parts = [f"over {baseline}: {', '.join(names)}" for baseline, names in over.items()]
-    return [f"Gain {'; '.join(parts)}."] if parts else []
+            over.setdefault(short[group["baseline"]], []).append(short[group["name"]])
+    parts = [f"of {', '.join(names)} over {baseline}" for baseline, names in over.items()]
+    return [f"Gain is the difference in top-1 accuracy, in points: {'; '.join(parts)}."] if parts else []
 
 
 def verdicts(groups: list[dict]) -> list[str]:
@@ -146,7 +214,7 @@ def corruption_table(rows: list[dict], groups: list[dict]) -> Table:
         body.append([group["name"], "none", *("-" for _ in SEVERITIES), f"{group['spread']['top1']['mean']:.2f}"])
         for name, values in lines.items():
             body.append([group["name"], name, *(f"{value:.2f}" for value in (*values, _mean(values)))])
-    return ["runs", "corruption", *(f"severity {n}" for n in SEVERITIES), "mean"], body
+    return Table(["runs", "corruption", *(f"severity {n}" for n in SEVERITIES), "mean"], body, ("corruption",))
 
 
 def _mean(values) -> float:
@@ -165,7 +233,8 @@ def cka_table(rows: list[dict]) -> Table:
         for row in rows
         for part in row["cka"] or []
     ]
-    return ["run", "student's module", "teacher's module", "CKA"], body
+    words = ("student's module", "teacher's module")
+    return Table(["run", *words, "CKA"], body, words)
 
 
 def speed_table(rows: list[dict]) -> Table:
@@ -175,13 +244,13 @@ def speed_table(rows: list[dict]) -> Table:
         for row in rows
         for part in row["speed"] or []
     ]
-    return ["run", *(title for title, *_ in SPEED)], body
+    return Table(["run", *(title for title, *_ in SPEED)], body)
 
 
 def class_table(rows: list[dict]) -> Table:
     """One line a class: each run's accuracy on it in percent."""
     body = [[name, *(shown(row["per_class"].get(name), ".1f") for row in rows)] for name in rows[0]["per_class"]]
-    return ["class", *(row["run"] for row in rows)], body
+    return Table(["class", *(row["run"] for row in rows)], body)
 
 
 def class_accuracy(rows: list[dict], groups: list[dict]) -> dict[str, dict[str, float | None]]:
@@ -207,10 +276,6 @@ def class_gains(rows: list[dict], groups: list[dict]) -> dict[str, dict[str, flo
     }
 
 
-def _width(text: str) -> int:
-    return max(len(line) for line in text.splitlines())
-
-
 def short_names(names: list[str]) -> list[str]:
     """Paths without the folder that they share."""
     folder = shared_folder(names)
@@ -221,31 +286,6 @@ def shared_folder(names: list[str]) -> str:
     """The folder that holds all of these paths, empty if none that they name does."""
     several = len({os.path.isabs(name) for name in names}) > 1
     return "" if several else os.path.commonpath([os.path.dirname(name) for name in names])
-
-
-def aligned(table: Table, markdown: bool = False) -> str:
-    """A table as text. Where it is too wide and its first column are paths, the folder they share goes above it."""
-    head, body = table
-    text, folder = _align(head, body, markdown), shared_folder([row[0] for row in body])
-    if markdown or not folder or _width(text) <= WIDTH:
-        return text
-    return f"in {folder}:\n" + _align(head, [[os.path.relpath(row[0], folder), *row[1:]] for row in body], markdown)
-
-
-def _align(head: list[str], body: list[list[str]], markdown: bool) -> str:
-    rows = [head, *body]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("| " + " | ".join(cells) + " |" if markdown else "  ".join(cells).rstrip())
-    if markdown:
-        lines.insert(
-            1, "| " + " | ".join("-" * w if i == 0 else "-" * max(1, w - 1) + ":" for i, w in enumerate(widths)) + " |"
-        )
-    return "\n".join(lines)
 
 
 def content(results: list[Measured], groups: list[dict]) -> dict:
@@ -303,11 +343,9 @@ def to_csv(results: list[Measured], groups: list[dict]) -> str:
             size = part["batch_size"]
             row |= {f"{key}_batch_{size}": part[key] for _, key, *_ in SPEED[1:]}
         lines.append({**row, **{f"group_{key}": value for key, value in whole.items()}})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    import pandas  # slow to import
+
+    return pandas.DataFrame(lines, dtype=object).to_csv(index=False)
 
 
 def all_notes(results: list[Measured], groups: list[dict]) -> list[str]:

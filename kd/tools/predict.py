@@ -23,10 +23,10 @@ from kd.data.decode import UnreadableImage, open_image
 from kd.data.sources import IMAGE_SUFFIXES
 from kd.models import Classifier, load_classifier
 from kd.report.page import thumbnail
+from kd.report.tables import Table, short_names
 from kd.run.folder import is_run
-from kd.tools.predict_page import Prediction, page
+from kd.tools.predict_page import Prediction, accuracy, page
 from kd.util.errors import CommandParser, UserError
-from kd.util.escape import in_terminal
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,13 +59,12 @@ def main(argv: list[str] | None = None) -> int:
     predictions, unreadable = ask(networks, files, arguments.top, thumbnails=bool(arguments.html))
     left_out += unreadable
     for name, why in left_out:
-        print(in_terminal(f"left out: {name} ({why})"), file=sys.stderr)
+        print(f"left out: {name} ({why})", file=sys.stderr)
     if predictions or arguments.format != "table":
-        form = {"table": _table, "json": _json, "csv": _csv}[arguments.format]
-        print(in_terminal(form(runs, predictions, left_out)))
+        print({"table": _table, "json": _json, "csv": _csv}[arguments.format](runs, predictions, left_out))
     if arguments.html:
         Path(arguments.html).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.html).write_text(page(runs, predictions, left_out), encoding="utf-8")
+        Path(arguments.html).write_bytes(page(runs, predictions, left_out))
         print(f"wrote {arguments.html}", file=sys.stderr)
     return 1 if left_out else 0
 
@@ -114,23 +113,22 @@ def ask(
             start = time.perf_counter()
             best[run] = network.predict([picture], top)[0]
             milliseconds[run] = 1000 * (time.perf_counter() - start)
-        predictions.append(Prediction(_shown(file), best, milliseconds, thumbnail(picture) if thumbnails else None))
+        small, label = thumbnail(picture) if thumbnails else None, Path(os.path.abspath(file)).parent.name
+        known = all(label in network.classes for network in networks.values())
+        predictions.append(Prediction(_shown(file), best, milliseconds, small, label if known else None))
     return predictions, unreadable
 
 
 def _table(runs: list[str], predictions: list[Prediction], _left_out) -> str:
-    rows = [["image", *(title for run in runs for title in (run, "ms"))]]
+    rows = []
     for said in predictions:
         cells = [(", ".join(f"{c} {100 * p:.1f} %" for c, p in said.best[run]), said.milliseconds[run]) for run in runs]
         rows.append([said.image, *(text for best, ms in cells for text in (best, f"{ms:.1f}"))])
-    rows = [[in_terminal(cell).replace("\n", "\\n") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    form = [str.rjust if i and i % 2 == 0 else str.ljust for i in range(len(widths))]  # times end at one place
-    lines = ["  ".join(put(c, w) for put, c, w in zip(form, row, widths, strict=True)).rstrip() for row in rows]
+    lines = [Table(["image", *(title for run in short_names(runs) for title in (run, "ms"))], rows).text()]
     if len(runs) > 1:
         same = sum(said.agreed for said in predictions)
         lines.append(f"all runs name the same class for {same} of {len(predictions)} images")
-    return "\n".join(lines)
+    return "\n".join(filter(None, [*lines, accuracy(runs, predictions)]))
 
 
 def _json(runs: list[str], predictions: list[Prediction], left_out) -> str:
@@ -138,6 +136,7 @@ def _json(runs: list[str], predictions: list[Prediction], left_out) -> str:
         "images": [
             {
                 "image": said.image,
+                "label": said.label,
                 "predictions": [
                     {
                         "run": run,
@@ -157,9 +156,9 @@ def _json(runs: list[str], predictions: list[Prediction], left_out) -> str:
 def _csv(runs: list[str], predictions: list[Prediction], _left_out) -> str:
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["image", "run", "rank", "class", "probability", "ms"])
+    rows.writerow(["image", "run", "rank", "class", "probability", "ms", "label"])
     for said in predictions:
         for run in runs:
             for rank, (name, probability) in enumerate(said.best[run], 1):
-                rows.writerow([said.image, run, rank, name, probability, said.milliseconds[run]])
+                rows.writerow([said.image, run, rank, name, probability, said.milliseconds[run], said.label])
     return text.getvalue().rstrip("\n")

@@ -11,18 +11,21 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from browser import BINARY, Browser
+from conftest import write_image
 from PIL import Image
 
 import kd
 from kd.data import load_data
 from kd.measure import metrics
 from kd.report import plots
+from kd.report.tables import verdicts
 from kd.run.config import DataConfig
 
 SECTIONS = ["results", "comparison", "cost", "curves", "reliability", "classes", "speed", "confusion", "differences"]
@@ -62,7 +65,8 @@ class Page(HTMLParser):
         super().__init__()
         self.root = Node("", {})
         self.open = [self.root]
-        self.feed(text)
+        assert " %" not in text.partition("</style>")[2]  # where a line could break
+        self.feed(text.replace("\N{NO-BREAK SPACE}", " "))
         assert self.open == [self.root]
         self.nodes = list(self.root.walk())
         self.by_id = {node.attributes["id"]: node for node in self.nodes if "id" in node.attributes}
@@ -161,20 +165,20 @@ def test_the_tables_of_groups_equal_the_json(report):
     names, tables = short(report), report.page.tables
     lines = tables["Groups of runs that differ only in their seed"][1:]
     assert [line[0] for line in lines] == [names[group["name"]] for group in report.groups]
-    assert [line[1] for line in lines] == ["1", "2", "2"]
+    assert [line[4] for line in lines] == ["1", "2", "2"]
     teacher, alone, kd_group = report.groups
     assert kd_group["alone"] == alone["name"]
     means = []
     for group in report.groups:
         values = [row["top1"] for row in report.rows if row["run"] in group["runs"]]
         means.append(f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""))
-    assert [line[2] for line in lines] == means
-    assert lines[2][3] == f"{kd_group['difference']:+.2f}"
-    assert lines[2][4] == "{:+.2f} to {:+.2f}".format(*kd_group["interval"])
+    assert [line[3] for line in lines] == means
+    assert lines[2][1] == f"{kd_group['difference']:+.2f}"
+    assert lines[2][2] == "{:+.2f} to {:+.2f}".format(*kd_group["interval"])
     p = sorted({f"{test['p']:.2g}" for test in kd_group["mcnemar"]}, key=float)
     assert lines[2][5] == " to ".join(p)
     assert lines[2][6] == ("-" if kd_group["gap_closed"] is None else f"{kd_group['gap_closed']:.0f}")
-    assert lines[1][3:7] == lines[0][3:7] == ["-"] * 4
+    assert [lines[i][k] for i in (0, 1) for k in (1, 2, 5, 6)] == ["-"] * 8
     cost = tables["Accuracy against cost"][1:]
     for group, line in zip(report.groups, cost, strict=True):
         assert line[0] == names[group["name"]]
@@ -194,6 +198,16 @@ def test_the_tables_of_groups_equal_the_json(report):
     corrupted = {(line[0], line[1]): line[2:] for line in tables["Accuracy in percent"][1:]}
     for name, values in report.rows[0]["corruptions"].items():
         assert corrupted[names[teacher["name"]], name][:5] == [f"{value:.2f}" for value in values]
+
+
+def test_the_verdict_comes_first_on_the_page_and_in_markdown(report):
+    (sentence,) = verdicts([{**group, "name": short(report)[group["name"]],
+                             "baseline": group["baseline"] and short(report)[group["baseline"]]}
+                            for group in report.groups])  # fmt: skip
+    heading = report.page.root.all("main")[0].children[0]
+    verdict = report.page.root.all("main")[0].children[1]
+    assert (heading.tag, verdict.text) == ("h1", sentence)
+    assert (report.folder / "report.md").read_text().splitlines()[2].startswith("**no difference shown between ")
 
 
 def test_curves_reliability_and_confusion_equal_their_sources(report):
@@ -289,6 +303,34 @@ def test_soft_targets_are_the_teachers_softened_answers(report, data, teacher_ru
             assert [line[1 + column] for line in grid[1:]] == [f"{p:.2f}" for p in said["probabilities"][column]]
 
 
+def test_cards_name_the_file_and_two_classes_have_neither_top_5_nor_others(call, tmp_path):
+    for kind, colour in (("ants", (200, 40, 40)), ("bees", (40, 40, 200))):
+        for split, count in (("train", 12), ("test", 4)):
+            for i in range(count):
+                write_image(tmp_path / f"own/{split}/{kind}/{i} 5 %.png", colour, size=(28, 28), seed=i)
+    few = ("--data.source", tmp_path / "own", "--data.resize", 28, "--data.batch_size", 8, "--epochs", 1)
+    command = ("train_teacher", "--config", "recipes/digits/teacher.yaml", *few, "--output_dir", tmp_path / "t")
+    result = call(*command)
+    assert result.status == 0, result.err
+    command = ("distill", "--config", "recipes/digits/kd.yaml", *few, "--teacher", tmp_path / "t")
+    assert call(*command, "--output_dir", tmp_path / "kd").status == 0
+    result = call("evaluate", tmp_path / "t", tmp_path / "kd", "--report", tmp_path / "report")
+    assert result.status == 0, result.err
+    assert "top-5" not in result.out
+    page = Page((tmp_path / "report/index.html").read_text())
+    assert page.tables["Runs"][0][1:3] == ["top-1 %", "NLL"]
+    images = json.loads((tmp_path / "report/results.json").read_text())["soft_targets"][0]["images"]
+    assert images
+    for image in images:
+        kind = Path(image["file"])
+        assert kind.parts[:2] == ("test", image["label"])
+        grid = page.tables[f"Soft targets for {image['file']}, {image['label']}"]
+        assert [line[0] for line in grid[1:]] == image["classes"]
+        assert sum(line[0] for line in image["probabilities"][:1]) + image["probabilities"][0][1] == pytest.approx(1)
+    alts = [node.attributes["alt"] for node in page.root.all("img")]
+    assert all(alt.startswith("test/") for alt in alts)
+
+
 def test_the_page_holds_all_it_needs_and_is_well_formed(report):
     page, text = report.page, (report.folder / "index.html").read_text()
     ids = [node.attributes["id"] for node in page.nodes if "id" in node.attributes]
@@ -353,7 +395,7 @@ def test_what_the_browser_shows_equals_the_json(browser, report):
         "Object.fromEntries([...document.querySelectorAll('table')].map(table => [table.caption.textContent,"
         " [...table.rows].map(row => [...row.cells].map(cell => cell.textContent))]))"
     )
-    assert shown == report.page.tables
+    assert json.loads(json.dumps(shown).replace("\\u00a0", " ")) == report.page.tables
     seen = browser.ask("[...document.querySelector('#results tbody').rows].map(row => row.innerText.split('\\t')[1])")
     assert seen == [f"{row['top1']:.2f}" for row in report.rows]
 
@@ -370,6 +412,24 @@ def test_on_a_phone_only_tables_scroll_sideways(browser, report, width):
     )
     assert outside == []
     assert browser.ask("getComputedStyle(document.body).fontSize") == "16px"
+
+
+def test_a_phone_shows_the_gains_interval_and_that_a_table_goes_on(browser, report):
+    browser.open(report.folder / "index.html", 390, 800)
+    cell = "document.querySelector('#comparison tbody tr:last-child td:nth-child(3)').getBoundingClientRect().right"
+    assert browser.ask(cell) <= 390
+    assert "scroll" in browser.ask("getComputedStyle(document.querySelector('#results .scroll')).backgroundAttachment")
+
+
+def test_a_desktop_shows_two_sections_side_by_side(browser, report):
+    browser.open(report.folder / "index.html", 1280, 900)
+    for left, right in (("cost", "curves"), ("reliability", "classes")):
+        top, beside = (browser.ask(f"document.getElementById('{key}').getBoundingClientRect().top + ' ' +"
+                                   f"document.getElementById('{key}').getBoundingClientRect().left").split()
+                       for key in (left, right))  # fmt: skip
+        assert top[0] == beside[0]
+        assert float(top[1]) < 100
+        assert float(beside[1]) > 600
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -432,7 +492,8 @@ def test_a_screen_reader_finds_landmarks_labels_headers_and_pictures(browser, re
     found: dict[str, list[str]] = {}
     for node in browser.send("Accessibility.getFullAXTree")["nodes"]:
         if not node["ignored"]:
-            found.setdefault(node["role"]["value"], []).append(node.get("name", {}).get("value", ""))
+            name = node.get("name", {}).get("value", "").replace("\N{NO-BREAK SPACE}", " ")
+            found.setdefault(node["role"]["value"], []).append(name)
     assert found["RootWebArea"] == ["5 runs: test of digits, 359 images"]
     assert len(found["main"]) == 1
     assert found["navigation"] == ["Sections"]

@@ -17,6 +17,7 @@ from conftest import assert_one_line, write_image
 from PIL import Image
 
 import kd
+from kd.report.tables import short_names
 
 COMMAND = "kd.tools.predict"
 
@@ -67,10 +68,12 @@ def test_all_forms_say_what_the_network_says(call, teacher_run, other_run, pictu
     assert [(row["class"], float(row["probability"])) for row in rows[:2]] == expected[0]
     assert [row["rank"] for row in rows[:4]] == ["1", "2", "1", "2"]
 
-    head, *lines, last = call(COMMAND, *arguments).out.splitlines()
-    assert head.split() == ["image", str(teacher_run), "ms", str(other_run), "ms"]
-    for line, file, pairs in zip(lines, files, expected, strict=True):
-        assert line.startswith(str(file))
+    *above, head, first, second, third, last = call(COMMAND, *arguments).out.splitlines()
+    folder = above[0].removeprefix("in ").removesuffix(":") if above else "."
+    assert head.split() == ["image", *(word for run in short_names([str(teacher_run), str(other_run)])
+                                       for word in (run, "ms"))]  # fmt: skip
+    for line, file, pairs in zip((first, second, third), files, expected, strict=True):
+        assert line.startswith(os.path.relpath(file, folder) if above else str(file))
         assert line.count(", ".join(f"{name} {100 * p:.1f} %" for name, p in pairs)) == 2
     assert last == "all runs name the same class for 3 of 3 images"
 
@@ -81,7 +84,7 @@ class Page(HTMLParser):
     def __init__(self, text: str):
         super().__init__()
         self.tags, self.open, self.text = [], [], ""
-        self.feed(text)
+        self.feed(text.replace("\N{NO-BREAK SPACE}", " "))
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
@@ -113,17 +116,21 @@ def test_the_page_needs_nothing_else_and_equals_the_json(call, teacher_run, othe
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
     assert not re.search(r"https?:|url\(|@import|<script|<link", text)
     shown = {image["alt"].split(";")[0]: image for image in page.all("img")}
-    assert list(shown) == [image["image"] for image in content["images"]]
+    least_sure_first = sorted(
+        content["images"], key=lambda i: min(p["classes"][0]["probability"] for p in i["predictions"])
+    )
+    assert list(shown) == [os.path.relpath(image["image"], pictures) for image in least_sure_first]
+    names = dict(zip([str(teacher_run), str(other_run)], short_names([str(teacher_run), str(other_run)]), strict=True))
     for image in content["images"]:
-        tag = shown[image["image"]]
+        tag = shown[os.path.relpath(image["image"], pictures)]
         kind, encoded = re.fullmatch(r"data:image/(\w+);base64,(.*)", tag["src"]).groups()
         picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
         assert picture.format.lower() == kind == ("jpeg" if "photo" in image["image"] else "png")
         assert max(picture.size) <= 240
         for part in image["predictions"]:
             best = part["classes"][0]
-            assert f"{part['run']}: {best['class']}, {100 * best['probability']:.0f} %" in tag["alt"]
-    percents = [f"{100 * p['classes'][0]['probability']:.1f} %" for i in content["images"] for p in i["predictions"]]
+            assert f"{names[part['run']]}: {best['class']}, {100 * best['probability']:.0f} %" in tag["alt"]
+    percents = [f"{100 * p['classes'][0]['probability']:.1f} %" for i in least_sure_first for p in i["predictions"]]
     assert re.findall(r"[\d.]+ %", page.text) == percents
     assert f"{pictures / 'broken.jpg'}: not an image" in page.text
     assert "The runs name different classes for 0." in page.text
@@ -137,11 +144,40 @@ def test_where_runs_differ_the_page_leads_there(teacher_run, pictures):
     two.classes = [f"<{name}>" for name in two.classes]
     predictions, unreadable = ask({"one": one, "two": two}, [pictures / "a.png"], top=1, thumbnails=True)
     assert not unreadable
-    shown = Page(page(["one", "two"], predictions, []))
+    shown = Page(page(["one", "two"], predictions, []).decode())
     assert {"href": "#image-1"} in shown.all("a")
     assert "image-1" in [tag.get("id") for tag in shown.all("li")]
     assert "The runs differ." in shown.text
     assert f"<{one.predict([pictures / 'a.png'])[0][0][0]}>" in shown.text
+
+
+def test_the_page_begins_with_what_runs_differ_on_and_then_with_the_least_sure():
+    from kd.tools.predict_page import Prediction, page
+
+    def prediction(image: str, one: str, other: str, p: float) -> Prediction:
+        best = {"runs/a": [(one, p)], "runs/b": [(other, 0.9)]}
+        return Prediction(f"photos/{image}", best, {"runs/a": 1.0, "runs/b": 1.0}, "data:image/png;base64,")
+
+    predictions = [prediction("sure", "x", "x", 0.8), prediction("unsure", "x", "x", 0.5)]
+    predictions += [prediction("differ", "x", "y", 0.7), prediction("torn", "x", "y", 0.6)]
+    shown = Page(page(["runs/a", "runs/b"], predictions, []).decode())
+    assert [image["alt"].split(";")[0] for image in shown.all("img")] == ["torn", "differ", "unsure", "sure"]
+    assert "photos/sure" not in shown.text
+    assert shown.all("img")[0]["alt"] == "torn; predicted a: x, 60 %; b: y, 90 %"
+
+
+def test_accuracy_is_said_where_folders_are_classes(call, teacher_run, pictures, tmp_path):
+    (pictures / "0").mkdir()
+    (pictures / "1").mkdir()
+    shutil.copy(pictures / "a.png", pictures / "0/a.png")  # a nought
+    shutil.copy(pictures / "a.png", pictures / "1/a.png")
+    predicted = kd.load(teacher_run).predict([pictures / "a.png"])[0][0][0]
+    words = f"{100 * (predicted in '01') / 2:.1f} % ({int(predicted in '01')})"
+    result = call(COMMAND, teacher_run, pictures, "--html", tmp_path / "p.html")
+    assert result.out.splitlines()[-1] == f"right of 2 whose folder is a class: run {words}"
+    assert f"Right of 2 whose folder is a class: run {words}." in Page((tmp_path / "p.html").read_text()).text
+    content = json.loads(call(COMMAND, teacher_run, pictures, "--format", "json").out)
+    assert sorted(str(image["label"]) for image in content["images"]) == ["0", "1", "None", "None", "None"]
 
 
 def test_what_is_no_image_is_left_out_in_one_line_each_and_nothing_else_is(call, teacher_run, pictures, tmp_path):

@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 import math
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from kd.run.contents import read_summary
 from kd.run.parse import differing_fields, read_yaml
 from kd.run.recorded import recorded_data
 from kd.util.errors import UserError
+from kd.util.escape import in_markdown as escaped
 from kd.util.machine import install_command
 
 _TEMPLATE = Path(__file__).parent / "templates" / "card.md"
@@ -137,11 +137,6 @@ def _module(kind: str) -> str:
 def _public(path: str) -> str:
     """A run's name without where it lies on this machine."""
     return escaped("/".join(part for part in Path(path).parts[-2:] if part != "/"))
-
-
-def escaped(name: str) -> str:
-    """A name as Markdown shows it, on one line: https://spec.commonmark.org/0.31.2/#backslash-escapes"""
-    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", " ".join(name.split()))
 
 
 def _teacher(name: str) -> dict:
