@@ -178,18 +178,12 @@ def load_data(config, download: bool = True) -> Data:
     """
     cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
     download_dir = Path(config.download_dir).expanduser() if config.download_dir else cache_dir / "downloads"
-    source = find_source(config.source, download_dir, config.image_column, config.label_column, download)
+    source = find_source(config.source, cache_dir, download_dir, config.image_column, config.label_column, download)
     recipe = Recipe(config.channels, config.resize, config.skip_unreadable)
     classes, stores = open_stores(source, recipe, cache_dir, config.store, config.num_workers)
-    if len(classes) < 2:
-        raise UserError(
-            f"data.source {config.source!r} has one class ({', '.join(classes)}); a classifier needs two or more"
-        )
+    _check(config, classes, stores)
     seed, train = config.split_seed, stores["train"]
     places = np.arange(len(train))
-    for name, store in stores.items():
-        if store.labels.min() < 0 or store.labels.max() >= len(classes):
-            raise UserError(f"data.source {config.source!r}: {name} has images without a label; remove them from it")
     if "test" in stores:
         test = Split(stores["test"], np.arange(len(stores["test"])))
     else:
@@ -218,3 +212,25 @@ def load_data(config, download: bool = True) -> Data:
             f"data.source {config.source!r} has too few images ({len(train)}) to make train and test splits"
         )
     return Data(classes, Split(train, places), val, test)
+
+
+def _check(config, classes: list[str], stores: dict[str, Store]) -> None:
+    if len(classes) < 2:
+        raise UserError(
+            f"data.source {config.source!r} has one class ({', '.join(classes)}); a classifier needs two or more"
+        )
+    for name, store in stores.items():
+        if (least := store.labels.min()) < 0:
+            raise UserError(
+                f"data.source {config.source!r}: {name} has images without a label ({least}); remove them from it"
+            )
+        if (most := store.labels.max()) >= len(classes):
+            raise UserError(
+                f"data.source {config.source!r}: {name} has the label {most} and there are {len(classes)} classes, "
+                f"0 to {len(classes) - 1}; correct its labels or the names of its classes"
+            )
+    if config.pad_crop >= (side := min(stores["train"].images.shape[2:])):
+        raise UserError(
+            f"data.pad_crop {config.pad_crop} must be below the shorter side of the images ({side}): beyond, crops "
+            f"show none of them"
+        )

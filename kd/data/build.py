@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd.data.decode import OtherSize, UnreadableImage, image_size
-from kd.data.sources import RawSplit
+from kd.data.raw import RawSplit
 from kd.data.stream import in_workers, unreadable
 from kd.util.errors import UserError
 from kd.util.files import built_aside, write_atomic

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
-from kd.data.decode import UnreadableImage, read_image
+from kd.data.listing import contents, digest, listing
+from kd.data.parquet import load_hub, open_dataset, open_parquet
+from kd.data.raw import TEST_NAMES, VAL_NAMES, RawSplit, canonical
 from kd.util.errors import UserError, say, unknown
+from kd.util.files import locked, shown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-TEST_NAMES, VAL_NAMES = ("test",), ("val", "valid", "validation")
+MEMORY = "contents"  # of the cache: hashes of what was read
 # the named sets, and their files below the download folder
 NAMED = {
     "digits": "",
@@ -28,40 +28,6 @@ NAMED = {
     "cifar100": "cifar-100-python/*",
     "stl10": "stl10_binary/*",
 }
-
-
-@dataclass
-class RawSplit:
-    """Images of one split before they are in the store; other processes can be given it.
-
-    images: a uint8 array (N, C, H, W), or N encoded images, paths or bytes.
-    labels: int64 (N,).
-    title: what an image's number follows in a message, where it has no path.
-    """
-
-    images: np.ndarray | Sequence
-    labels: np.ndarray
-    title: str = ""
-
-    @property
-    def decoded(self) -> bool:
-        """Whether the images are pixels already."""
-        return isinstance(self.images, np.ndarray)
-
-    def name(self, place: int) -> str:
-        """How an image is called in a message."""
-        return f"{self.title} {place}" if self.title else self.images[place]
-
-    def read(
-        self, place: int, channels: int, size: tuple[int, int] | None = None, fit: bool = True
-    ) -> np.ndarray | UnreadableImage:
-        """The pixels of one image as `read_image` gives them, or why it cannot be read."""
-        try:
-            return read_image(self.images[place], channels, size, fit)
-        except UnreadableImage as error:
-            return error
-        except FileNotFoundError:  # a Parquet row may name a file instead of holding it
-            return UnreadableImage("no such file")
 
 
 @dataclass
@@ -82,7 +48,12 @@ class Source:
 
 
 def find_source(
-    source: str, download_dir: Path, image_column: str | None, label_column: str | None, download: bool = True
+    source: str,
+    cache_dir: Path,
+    download_dir: Path,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    download: bool = True,
 ) -> Source:
     """The source of that name, Hub name or folder.
 
@@ -91,63 +62,49 @@ def find_source(
     """
     notes: list[str] = []
     if source == "digits":
-        return Source(source, _open_digits, _digest([version("scikit-learn")]), decoded=True)
+        return Source(source, _open_digits, digest([version("scikit-learn")]), decoded=True)
     if source in NAMED:
         opener = partial(_open_torchvision, source, download_dir, download)
-        return Source(source, opener, _downloaded(source, download_dir), decoded=True)
+        return Source(source, opener, _downloaded(source, download_dir, cache_dir / MEMORY), decoded=True)
     if source.startswith("hub:"):
-        dataset = _load_hub(source[4:])
+        dataset = load_hub(source[4:])
         prints = [f"{split}:{part._fingerprint}" for split, part in sorted(dataset.items())]
         return Source(
             source,
-            lambda: _open_dataset(dataset, source, image_column, label_column, notes),
-            _digest([source, *prints]),
+            lambda: open_dataset(dataset, source, image_column, label_column, notes),
+            digest([source, *prints]),
             notes,
         )
+    if shown(source) != source:
+        raise UserError(f"data.source {shown(source)!r} has a name that is not UTF-8; rename it")
     folder = Path(source).expanduser()
     if not folder.exists():
         raise unknown("data.source", source, NAMED, "or hub:owner/name, or a folder (there is none of this name)")
     if not folder.is_dir():
         raise UserError(f"data.source {source!r} is a file; give the folder that holds the images")
-    files = sorted(_walk(folder))
+    files = listing(folder)
     if not files:
         raise UserError(f"data.source {source!r} is an empty folder; it should hold train/CLASS/IMAGE or Parquet files")
-    listing = [f"{os.sep.join(parts)}:{stat.st_size}:{stat.st_mtime_ns}" for parts, stat in files]
-    columns = [f"columns:{image_column}:{label_column}"]
-    if any(parts[-1].endswith(".parquet") for parts, _ in files):
-        opener = partial(_open_parquet, folder, source, image_column, label_column, notes)
+    if any(parts[-1].endswith(".parquet") and stat.S_ISREG(state.st_mode) for parts, state in files):
+        fingerprint = digest([contents(folder, files, cache_dir / MEMORY), f"{image_column}:{label_column}"])
+        copy = cache_dir / "parquet" / fingerprint
+        opener = partial(open_parquet, folder, copy, source, image_column, label_column, notes)
     else:
-        images = [parts for parts, _ in files if parts[-1].lower().endswith(IMAGE_SUFFIXES)]
-        opener = partial(_open_folder, folder, images, notes)
-    return Source(folder.resolve().name, opener, _digest(columns + listing), notes)
+        files = [(parts, state) for parts, state in files if parts[-1].lower().endswith(IMAGE_SUFFIXES)]
+        fingerprint = contents(folder, files, cache_dir / MEMORY)
+        opener = partial(_open_folder, folder, [parts for parts, _ in files], notes)
+    return Source(folder.resolve().name, opener, fingerprint, notes)
 
 
-def _digest(parts: list[str]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
-
-
-def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], os.stat_result]]:
-    """The parts of each file's path below a folder, and its state; a Path for each of a million would take half a
-    minute."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _walk(Path(entry.path), (*above, entry.name))
-            else:
-                yield (*above, entry.name), entry.stat()
-
-
-def _downloaded(source: str, root: Path) -> str | None:
+def _downloaded(source: str, root: Path, memory: Path) -> str | None:
     """The fingerprint of a named set's files; None if they are not there."""
     if not root.is_dir():
         return None
-    with FileLock(root / f"{source}.lock"):  # not of half a download
+    with locked(root / f"{source}.lock"):  # not of half a download
         if _unfinished(source, root).exists():
             return None
-        states = [(file.name, file.stat()) for file in sorted(root.glob(NAMED[source]))]
-    return _digest([f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in states]) if states else None
+        files = [(file.relative_to(root).parts, file.stat()) for file in sorted(root.glob(NAMED[source]))]
+    return contents(root, files, memory) if files else None
 
 
 def _unfinished(source: str, root: Path) -> Path:
@@ -183,7 +140,7 @@ def _open_torchvision(source: str, root: Path, download: bool):
     builder, subfolder, file, url = where[source]
     root.mkdir(parents=True, exist_ok=True)
     parts, unfinished = {}, _unfinished(source, root)
-    with FileLock(root / f"{source}.lock"):  # one process downloads, the others wait and find it there
+    with locked(root / f"{source}.lock"):  # one process downloads, the others wait and find it there
         if unfinished.exists():  # torchvision checks the archives that it finds, but not what is out of MNIST's
             for file in root.glob(NAMED[source]):
                 file.unlink()
@@ -217,104 +174,6 @@ def _open_torchvision(source: str, root: Path, download: bool):
     return [name.split(" - ")[0] for name in parts["train"].classes], splits
 
 
-def _load_hub(name: str):
-    import datasets
-
-    try:
-        return _prepared(datasets.load_dataset_builder(name))
-    except Exception as error:  # the hub's errors have many types; all mean that the set is not there
-        raise UserError(
-            f"cannot load hub:{name} ({' '.join(str(error).split())[:200]}); check the name and the network, or "
-            f"download its Parquet files to a folder and give that folder as data.source"
-        ) from None
-
-
-def _prepared(builder) -> dict[str, Any]:
-    """The splits of a `datasets` builder, whose files are read if they have not been."""
-    from pyarrow.dataset import ParquetFragmentScanOptions
-
-    if hasattr(builder.config, "fragment_scan_options"):  # of Parquet, from datasets 4.2 on: no file is held whole
-        builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)
-    builder.download_and_prepare()
-    return dict(builder.as_dataset())
-
-
-def _open_parquet(folder: Path, source: str, image_column: str | None, label_column: str | None, notes: list[str]):
-    return _open_dataset(_load_parquet(folder), source, image_column, label_column, notes)
-
-
-def _load_parquet(folder: Path):
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        return _prepared(datasets.load_dataset_builder(str(folder)))
-    except Exception as error:  # a damaged Parquet file raises one of many types
-        raise UserError(
-            f"data.source {str(folder)!r}: cannot read its Parquet files: {' '.join(str(error).split())[:200]}"
-        ) from None
-
-
-def _open_dataset(dataset: dict, source: str, image_column: str | None, label_column: str | None, notes: list[str]):
-    import datasets
-
-    features = next(iter(dataset.values())).features
-    image_column = _column(features, datasets.Image, image_column, "image_column", ("image", "img"), source)
-    label_column = _column(features, datasets.ClassLabel, label_column, "label_column", ("label", "fine_label"), source)
-    splits = {}
-    for name, part in dataset.items():
-        encoded = part.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        labels = np.asarray(part.with_format("numpy")[label_column], dtype=np.int64)
-        splits[name] = RawSplit(_Column(encoded, image_column), labels, f"{source} {name} row")
-    return list(features[label_column].names), _canonical(splits, source, notes)
-
-
-@dataclass
-class _Column:
-    """The encoded images of a `datasets.Dataset`."""
-
-    dataset: Any
-    column: str
-
-    def __getitem__(self, place: int) -> bytes | str:
-        value = self.dataset[place][self.column] or {}
-        if value.get("bytes") is None and value.get("path"):
-            return value["path"]
-        return value.get("bytes") or b""  # a missing image is an unreadable one
-
-
-def _column(features, kind, asked, field, usual, source) -> str:
-    known = [name for name, feature in features.items() if isinstance(feature, kind)]
-    if asked is not None and asked not in known:
-        raise unknown(f"data.{field}", asked, known, f"these are the {kind.__name__} columns of {source}")
-    for name in (asked, *usual, *(known if len(known) == 1 else ())):
-        if name in known:
-            return name
-    if not known:
-        raise UserError(f"data.source {source!r} has no {kind.__name__} column; its columns: {', '.join(features)}")
-    raise UserError(
-        f"data.source {source!r} has several {kind.__name__} columns ({', '.join(known)}); set data.{field}"
-    )
-
-
-def _canonical(splits: dict[str, Any], source: str, notes: list[str]) -> dict[str, Any]:
-    """Splits under the names train, val, test; a lone `val` is the test split, as with ImageNet."""
-    names = {}
-    for name in splits:
-        short = "test" if name in TEST_NAMES else "val" if name in VAL_NAMES else name
-        if short in ("train", "val", "test"):
-            names[short] = name
-    if "train" not in names:
-        found = ", ".join(splits) or "none"
-        raise UserError(
-            f"data.source {source!r} has no train split (found: {found}); it needs train/ and test/ or val/"
-        )
-    if "test" not in names and "val" in names:
-        names["test"] = names.pop("val")
-        notes.append(f"{source} has no test split; its {names['test']} split is the test split")
-    return {short: splits[name] for short, name in names.items()}
-
-
 def _open_folder(folder: Path, files: list[tuple[str, ...]], notes: list[str]):
     """ImageFolder layout: SPLIT/CLASS/.../IMAGE, or CLASS/IMAGE where there are no split folders."""
     folders = _folders(folder)
@@ -333,7 +192,7 @@ def _open_folder(folder: Path, files: list[tuple[str, ...]], notes: list[str]):
         roots = {"train": folder}
         found = {"train": _by_class(folder, files)}
     else:
-        roots = _canonical({name: folder / name for name in split_names}, str(folder), notes)
+        roots = canonical({name: folder / name for name in split_names}, str(folder), notes)
         parts_of: dict[str, list] = {root.name: [] for root in roots.values()}
         for parts in files:
             if parts[0] in parts_of:
@@ -342,6 +201,9 @@ def _open_folder(folder: Path, files: list[tuple[str, ...]], notes: list[str]):
     classes = sorted(found["train"])
     if not classes:
         raise UserError(f"data.source {str(folder)!r}: {roots['train']} holds no images; it should hold CLASS/IMAGE")
+    for name in classes:
+        if shown(name) != name:
+            raise UserError(f"class folder {shown(roots['train'] / name)!r} has a name that is not UTF-8; rename it")
     for name in _folders(roots["train"]):
         if name not in classes:
             raise UserError(

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from kd.data.build import Recipe, build, examined, much_larger, size_of_first
 from kd.data.decode import OtherSize
-from kd.data.sources import RawSplit, Source
+from kd.data.raw import RawSplit
+from kd.data.sources import Source
 from kd.data.stream import Encoded
 from kd.util.errors import UserError, say
+from kd.util.files import locked
 from kd.util.machine import share_of_cores
 
 SHARE_OF_DISK = 0.5  # of the free space that the decoded images may take
@@ -76,7 +77,7 @@ def open_stores(
     key = f"{stem}-{source.fingerprint}-{recipe.channels}ch{'-skip' if recipe.skip_unreadable else ''}"
     native, fitted = root / key, root / f"{key}-fit{recipe.resize}"
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"{key}.lock"):
+    with locked(root / f"{key}.lock"):
         if source.decoded:
             found = _read(native)
         else:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from kd.data.decode import OtherSize
-from kd.data.sources import RawSplit
+from kd.data.raw import RawSplit
 from kd.util.errors import UserError
 
 AHEAD = 2  # results that are made ahead and held, of each worker or of the thread

@@ -27,6 +27,7 @@ from kd.report.tables import Table, short_names
 from kd.run.folder import is_run
 from kd.tools.predict_page import Prediction, accuracy, page
 from kd.util.errors import CommandParser, UserError
+from kd.util.files import shown
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,19 +78,14 @@ def find_images(paths: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]
             if path.exists():
                 files.append(path)
             else:
-                missing.append((_shown(path), "there is no such file or folder"))
+                missing.append((shown(path), "there is no such file or folder"))
             continue
         found = [file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
         found = [file for file in found if not any(part[0] == "." for part in file.relative_to(path).parts)]
         if not found:
-            missing.append((_shown(path), f"holds no images ({', '.join(IMAGE_SUFFIXES)})"))
+            missing.append((shown(path), f"holds no images ({', '.join(IMAGE_SUFFIXES)})"))
         files += sorted(found)
     return files, missing
-
-
-def _shown(path: Path) -> str:
-    """A path as text that can be printed, whatever bytes its name has."""
-    return os.fsencode(path).decode(errors="replace")
 
 
 def ask(
@@ -106,7 +102,7 @@ def ask(
         try:
             picture = open_image(file)
         except (UnreadableImage, OSError) as error:
-            unreadable.append((_shown(file), str(error)))
+            unreadable.append((shown(file), str(error)))
             continue
         best, milliseconds = {}, {}
         for run, network in networks.items():
@@ -115,7 +111,7 @@ def ask(
             milliseconds[run] = 1000 * (time.perf_counter() - start)
         small, label = thumbnail(picture) if thumbnails else None, Path(os.path.abspath(file)).parent.name
         known = all(label in network.classes for network in networks.values())
-        predictions.append(Prediction(_shown(file), best, milliseconds, small, label if known else None))
+        predictions.append(Prediction(shown(file), best, milliseconds, small, label if known else None))
     return predictions, unreadable
 
 

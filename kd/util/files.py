@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
 
 from kd.util.errors import writing
 
@@ -38,6 +42,42 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock file. Where nothing can be written nobody builds, and what is there is read without it."""
+    lock = FileLock(file)
+    with unless_read_only():
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def unless_read_only() -> Iterator[None]:
+    """Do something that a folder which others may only read can do without."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+
+
+def file_sha256(path: Path) -> str:
+    """The file's SHA-256, read in parts."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def shown(path: str | Path) -> str:
+    """A path as text that can be printed, whatever bytes its name has."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 @contextmanager

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_image
+from filelock import FileLock
 from PIL import Image
 
+from kd.data import load_data
 from kd.data.decode import UnreadableImage, open_image, read_image
+from kd.run.config import DataConfig
+from kd.util.errors import UserError
 
 # Images whose numbers are on another scale than 0 to 255
 
@@ -76,3 +84,202 @@ def test_a_pipe_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "x.png")
     with pytest.raises(UnreadableImage, match="not a file"):
         read_image(tmp_path / "x.png", 3)
+
+
+# Folders
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Open a folder with a cache of the test's own."""
+
+    def run(folder, **settings):
+        return load_data(DataConfig(source=str(folder), cache_dir=str(tmp_path / "cache"), **settings))
+
+    return run
+
+
+@pytest.fixture
+def refused(load):
+    """Open a folder that must be refused in one line with these words."""
+
+    def run(folder, *words: str, **settings) -> None:
+        with pytest.raises(UserError) as caught:
+            load(folder, **settings)
+        for word in words:
+            assert word in str(caught.value)
+        str(caught.value).encode()  # it can be printed
+
+    return run
+
+
+def test_a_link_to_nothing_is_an_unreadable_image(image_folder, load, refused):
+    (image_folder / "train" / "red" / "00.png").unlink()
+    (image_folder / "train" / "red" / "00.png").symlink_to("nowhere.png")
+    (image_folder / "train" / "red" / "self.png").symlink_to("self.png")
+    (image_folder / "readme").symlink_to("nowhere")
+    refused(image_folder, "unreadable image", "red/00.png (no such file)", "red/self.png", "skip_unreadable")
+    assert len(load(image_folder, skip_unreadable=True, val_fraction=0).train) == 35
+
+
+def test_a_link_to_a_folder_that_it_lies_in(image_folder, refused):
+    (image_folder / "train" / "red" / "again").symlink_to(image_folder / "train")
+    refused(image_folder, "red/again is a link to a folder that it lies in", "remove it")
+
+
+def test_a_pipe_among_images_is_unreadable(image_folder, load, refused):
+    os.mkfifo(image_folder / "train" / "red" / "x.png")
+    for settings in ({}, {"store": "stream", "num_workers": 0}):
+        refused(image_folder, "unreadable image", "x.png (not a file)", **settings)
+    assert len(load(image_folder, skip_unreadable=True, val_fraction=0).train) == 36
+
+
+@pytest.mark.parametrize("other", ["valid", "validation"])
+def test_two_validation_folders(image_folder, refused, other):
+    for name in ("val", other):
+        shutil.copytree(image_folder / "test", image_folder / name)
+    refused(image_folder, f"has val and {other}", "keep one of them")
+
+
+def test_names_that_are_not_utf8(image_folder, load, refused, capsys):
+    name = b"caf\xe9"
+    os.rename(image_folder / "train" / "red", os.fsencode(image_folder / "train") + b"/" + name)
+    refused(image_folder, "class folder", "caf\N{REPLACEMENT CHARACTER}", "not UTF-8", "rename it")
+    os.rename(image_folder, os.fsencode(image_folder) + name)
+    refused(os.fsdecode(os.fsencode(image_folder) + name), "data.source", "not UTF-8", "rename it")
+    other = image_folder.with_name("other")
+    for i in range(8):
+        write_image(other / "train" / "ab"[i % 2] / f"{i}.png", (9, 9, 9), seed=i)
+    Path(os.fsdecode(os.fsencode(other / "train" / "a") + b"/" + name + b".png")).write_bytes(b"no image")
+    assert len(load(other, skip_unreadable=True, val_fraction=0, test_fraction=0.25).train) == 6
+    capsys.readouterr().out.encode()
+
+
+def test_folders_of_equal_names_sizes_and_times_have_stores_of_their_own(tmp_path, load):
+    pixels = []
+    for name, seed in (("one", 0), ("other", 1)):
+        for i in range(8):
+            path = tmp_path / name / "data" / "train" / "ab"[i % 2] / f"{i}.bmp"
+            write_image(path, (99, 99, 99), seed=10 * seed + i)
+            os.utime(path, ns=(0, 0))
+        pixels.append(np.array(load(tmp_path / name / "data", val_fraction=0).train.store.images))
+    assert not np.array_equal(*pixels)
+
+
+def test_a_copy_shares_the_store_and_files_are_read_once(image_folder, load, tmp_path, monkeypatch):
+    load(image_folder)
+    copy = shutil.copytree(image_folder, tmp_path / "copy" / image_folder.name, copy_function=shutil.copy)
+    load(copy)
+    assert len([path for path in (tmp_path / "cache" / "store").iterdir() if path.is_dir()]) == 1
+    monkeypatch.setattr("kd.data.listing.file_sha256", None)
+    load(copy)
+    load(image_folder)
+
+
+def test_a_shared_cache_that_may_only_be_read(image_folder, load, monkeypatch):
+    expected = np.array(load(image_folder).train.store.images)
+
+    def forbidden(*_arguments, **_named):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(FileLock, "acquire", forbidden)
+    monkeypatch.setattr("kd.util.files.write_synced", forbidden)
+    assert np.array_equal(load(image_folder).train.store.images, expected)
+    (image_folder / "train" / "red" / "00.png").touch()  # another listing of the same contents
+    assert np.array_equal(load(image_folder).train.store.images, expected)
+
+
+def test_padding_that_leaves_nothing_of_an_image(image_folder, refused):
+    refused(image_folder, "data.pad_crop 100000", "below the shorter side of the images (10)", pad_crop=100000)
+
+
+# Parquet files
+
+
+class Tables:
+    """Writes a folder of Parquet files: `write("train-0", names, labels)`, names None for a plain column of labels."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir()
+
+    def write(self, name: str, names: list | None, labels: list, column: str = "label") -> Path:
+        import datasets
+
+        datasets.disable_progress_bars()
+        kind = datasets.Value("string" if isinstance(labels[0], str) else "int64")
+        kind = kind if names is None else datasets.ClassLabel(names=names)
+        shades = {"cat": 10, "dog": 200, None: 90}
+        shown = [names[i] if names and i is not None and i < len(names) else None for i in labels]
+        images = [Image.new("L", (6, 5), shades.get(name, 90)) for name in shown]
+        features = datasets.Features({"image": datasets.Image(), column: kind})
+        rows = datasets.Dataset.from_dict({"image": images, column: labels}, features=features)
+        rows.to_parquet(self.folder / f"{name}.parquet")
+        return self.folder
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch) -> Tables:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home")
+    return Tables(tmp_path / "tables")
+
+
+def test_class_names_in_another_order_in_each_file(tables, load):
+    tables.write("train-00000-of-00002", ["cat", "dog"], [0, 0, 1])
+    tables.write("train-00001-of-00002", ["dog", "cat"], [0, 1, 1, 0])
+    data = load(tables.write("test-00000-of-00001", ["dog", "cat"], [1, 0]), val_fraction=0)
+    assert data.classes == ["cat", "dog"]
+    for split in (data.train, data.test):
+        images, labels, _ = split.on_host(np.arange(len(split)))
+        assert np.array_equal(labels, images[:, 0, 0, 0] > 100)
+    assert data.train.labels.tolist() == [0, 0, 1, 1, 0, 0, 1]
+
+
+def test_a_class_name_that_train_does_not_have(tables, refused):
+    tables.write("train-0", ["cat", "dog"], [0, 1])
+    refused(tables.write("test-0", ["cat", "cow"], [0, 1]), "label in test-0.parquet", "'cow'", "cat, dog")
+
+
+def test_a_label_that_is_missing(tables, refused):
+    refused(tables.write("train-0", ["cat", "dog"], [0, 1, None]), "train row 2 has no label", "remove")
+
+
+def test_a_label_beyond_the_classes(tables, refused):
+    tables.write("train-0", ["cat", "dog"], [0, 1] * 4)
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({"image": [Image.new("L", (6, 5))], "label": [3]}, features=features)
+    rows.to_parquet(tables.folder / "test-0.parquet")
+    refused(tables.folder, "test has the label 3 and there are 2 classes, 0 to 1")
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"), [([7, 10, 9, 7], ["7", "9", "10"]), (["b", "a", "b", "c"], ["a", "b", "c"])]
+)
+def test_labels_that_are_plain_numbers_or_words(tables, load, refused, labels, classes):
+    tables.write("train-0", None, labels)
+    data = load(tables.write("test-0", None, labels[:2]), val_fraction=0)
+    assert data.classes == classes
+    assert [classes[i] for i in data.train.labels] == [str(value) for value in labels]
+    assert [classes[i] for i in data.test.labels] == [str(value) for value in labels[:2]]
+    other = [8] if labels[0] == 7 else ["d"]
+    refused(tables.write("test-0", None, other), "unknown label of test", repr(str(other[0])), "classes of train")
+
+
+def test_plain_labels_under_another_name_are_asked_for(tables, load, refused):
+    folder = tables.write("train-0", None, [1, 2] * 5, column="kind")
+    refused(folder, "no ClassLabel column; its columns: image, kind; set data.label_column")
+    assert load(folder, label_column="kind", val_fraction=0).classes == ["1", "2"]
+
+
+def test_files_of_two_validation_splits(tables, refused):
+    for name in ("train-0", "val-0", "valid-0"):
+        tables.write(name, ["cat", "dog"], [0, 1])
+    refused(tables.folder, "has val and valid", "keep one")
+
+
+def test_what_is_read_of_parquet_files_is_copied_to_the_cache_alone(tables, load, tmp_path):
+    load(tables.write("train-0", ["cat", "dog"], [0, 1] * 5), val_fraction=0)
+    assert not (tmp_path / "home").exists()

@@ -328,7 +328,7 @@ def test_second_open_decodes_nothing(image_folder, load, monkeypatch):
     def never(*_, **__):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr("kd.data.sources.read_image", never)
+    monkeypatch.setattr("kd.data.raw.read_image", never)
     second = load(image_folder)
     assert np.array_equal(first.train.store.images, second.train.store.images)
     assert np.array_equal(first.train.labels, second.train.labels)

@@ -115,7 +115,7 @@ class SlowDownload:
 
 def _download(folder):
     sets.CIFAR10 = SlowDownload
-    find_source("cifar10", Path(folder), None, None).open()
+    find_source("cifar10", Path(folder) / "cache", Path(folder)).open()
 
 
 @pytest.mark.slow

@@ -130,7 +130,8 @@ def test_a_thread_reads_ahead_in_order_and_hands_on_errors():
 def test_what_workers_are_given_can_be_sent():
     """Where processes cannot be forked."""
     datasets = pytest.importorskip("datasets")
-    from kd.data.sources import RawSplit, _Column
+    from kd.data.parquet import _Column
+    from kd.data.raw import RawSplit
 
     bytes_ = [Path(__file__).read_bytes()]
     column = _Column(datasets.Dataset.from_dict({"image": [{"bytes": bytes_[0]}]}), "image")

@@ -1,0 +1,77 @@
+"""Splits of a source before they are in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kd.data.decode import UnreadableImage, read_image
+from kd.util.errors import UserError
+from kd.util.files import shown
+
+TEST_NAMES, VAL_NAMES = ("test",), ("val", "valid", "validation")
+
+
+@dataclass
+class RawSplit:
+    """Images of one split before they are in the store; other processes can be given it.
+
+    images: a uint8 array (N, C, H, W), or N encoded images, paths or bytes.
+    labels: int64 (N,).
+    title: what an image's number follows in a message, where it has no path.
+    """
+
+    images: np.ndarray | Sequence
+    labels: np.ndarray
+    title: str = ""
+
+    @property
+    def decoded(self) -> bool:
+        """Whether the images are pixels already."""
+        return isinstance(self.images, np.ndarray)
+
+    def name(self, place: int) -> str:
+        """How an image is called in a message."""
+        return f"{self.title} {place}" if self.title else shown(self.images[place])
+
+    def read(
+        self, place: int, channels: int, size: tuple[int, int] | None = None, fit: bool = True
+    ) -> np.ndarray | UnreadableImage:
+        """The pixels of one image as `read_image` gives them, or why it cannot be read."""
+        try:
+            return read_image(self.images[place], channels, size, fit)
+        except UnreadableImage as error:
+            return error
+        except FileNotFoundError:  # a Parquet row may name a file instead of holding it
+            return UnreadableImage("no such file")
+
+
+def require_one_val(names: list[str], source: str) -> None:
+    if len(names) > 1:
+        raise UserError(f"data.source {source!r} has {' and '.join(sorted(names))}; keep one of them for validation")
+
+
+def canonical(splits: dict[str, Any], source: str, notes: list[str]) -> dict[str, Any]:
+    """Splits under the names train, val, test; a lone `val` is the test split, as with ImageNet.
+
+    Raises:
+        UserError: there is no train split, or several for validation.
+    """
+    require_one_val([name for name in splits if name in VAL_NAMES], source)
+    names = {}
+    for name in splits:
+        short = "test" if name in TEST_NAMES else "val" if name in VAL_NAMES else name
+        if short in ("train", "val", "test"):
+            names[short] = name
+    if "train" not in names:
+        found = ", ".join(splits) or "none"
+        raise UserError(
+            f"data.source {source!r} has no train split (found: {found}); it needs train/ and test/ or val/"
+        )
+    if "test" not in names and "val" in names:
+        names["test"] = names.pop("val")
+        notes.append(f"{source} has no test split; its {names['test']} split is the test split")
+    return {short: splits[name] for short, name in names.items()}
