@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     from kd.run.folder import is_run, refuse_runs_file
     from kd.train import zero
     from kd.train.setup import keep_freed_memory, on_cpu, set_threads
+    from kd.util.escape import in_terminal
     from kd.util.files import write_atomic
 
     if config.json:
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             results.append(evaluator.measure(run))
     if accelerator.is_main_process:
         groups = compare([result.row for result in results], config.baseline)
-        print(render(results, groups, config.format), flush=True)
+        print(in_terminal(render(results, groups, config.format)), flush=True)
         with contextlib.redirect_stdout(sys.stderr):
             for note in all_notes(results, groups):
                 say(f"note: {note}")
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
                 files = write_report(Path(config.report), results, groups)
                 say(f"wrote {config.report}/: {', '.join(file.name for file in files)}")
         if config.format in ("table", "markdown") and verdicts(groups):
-            print("", *verdicts(groups), sep="\n", flush=True)
+            print("", in_terminal("\n".join(verdicts(groups))), sep="\n", flush=True)
     accelerator.end_training()
     return 0
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kd.data.corrupt import SEVERITIES
 from kd.measure.compare import spread
 from kd.report import page
-from kd.util.escape import in_markdown
+from kd.util.escape import in_markdown, in_terminal
 
 if TYPE_CHECKING:  # what measures is slow to import and not needed to show saved numbers
     from kd.measure.evaluation import Measured
@@ -67,8 +67,9 @@ class Table:
 
 
 def _aligned(head: list[str], body: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    lines = ([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for first, *rest in (head, *body))
+    rows = [[in_terminal(cell).replace("\n", "\\n") for cell in row] for row in (head, *body)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for first, *rest in rows)
     return "\n".join(map("  ".join, lines))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from jsonargparse import ArgumentParser
 
 from kd.run.config import FREE_FIELDS, DataConfig
+from kd.run.messages import explain
 from kd.util.errors import UserError
 
 _FIELDS = [f.name for f in dataclasses.fields(DataConfig)]
@@ -33,5 +34,4 @@ def recorded_data(settings: Mapping, run: str, **ours) -> DataConfig:
     try:
         return parser.instantiate_classes(parser.parse_object({"data": {**given, **ours}})).data
     except (ValueError, TypeError, argparse.ArgumentError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"run {run!r} is damaged: config.yaml: {reason}") from None
+        raise UserError(f"run {run!r} is damaged: config.yaml: {explain(str(error))}") from None

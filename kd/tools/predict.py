@@ -27,6 +27,7 @@ from kd.report.tables import Table, short_names
 from kd.run.folder import is_run
 from kd.tools.predict_page import Prediction, accuracy, page
 from kd.util.errors import CommandParser, UserError
+from kd.util.escape import in_terminal
 from kd.util.files import shown
 
 
@@ -60,9 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     predictions, unreadable = ask(networks, files, arguments.top, thumbnails=bool(arguments.html))
     left_out += unreadable
     for name, why in left_out:
-        print(f"left out: {name} ({why})", file=sys.stderr)
+        print(in_terminal(f"left out: {name} ({why})"), file=sys.stderr)
     if predictions or arguments.format != "table":
-        print({"table": _table, "json": _json, "csv": _csv}[arguments.format](runs, predictions, left_out))
+        form = {"table": _table, "json": _json, "csv": _csv}[arguments.format]
+        print(in_terminal(form(runs, predictions, left_out)))
     if arguments.html:
         Path(arguments.html).parent.mkdir(parents=True, exist_ok=True)
         Path(arguments.html).write_bytes(page(runs, predictions, left_out))

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from kd.util.escape import in_terminal
+
 
 class UserError(Exception):
     """A mistake that the user can mend: the message names the bad value, the known ones and the remedy."""
@@ -56,7 +58,7 @@ def is_main_process() -> bool:
 def say(message: str) -> None:
     """Print a line on the main process, at once."""
     if is_main_process():
-        print(message, flush=True)
+        print(in_terminal(message), flush=True)
 
 
 @contextmanager
@@ -159,5 +161,5 @@ def _fail(message: str, status: int, speak: bool = False) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     who = "" if is_main_process() else f" on process {rank}"
-    print(f"error{who}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error{who}: {in_terminal(' '.join(message.split()))}", file=sys.stderr, flush=True)
     return status

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import assert_one_line
+from conftest import assert_one_line, write_image
 from PIL import EpsImagePlugin, Image
 from refusing import _one_thread, out, runs, teacher, train  # noqa: F401 (fixtures)
 
@@ -252,7 +253,7 @@ def rewrite_data(teacher):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("resize", "large"), ("val_fraction", 7), ("channels", 10**9), ("mean", 1)]
+    ("field", "value"), [("resize", 10**9), ("resize", "large"), ("val_fraction", 7), ("channels", 10**9), ("mean", 1)]
 )
 def test_sizes_of_images_in_config_yaml(teacher, rewrite_data, call, field, value):
     rewrite_data(**{field: value})
@@ -273,3 +274,44 @@ def test_folders_are_named_by_who_measures(teacher, call, tmp_path):
     assert list((tmp_path / "mine/store").glob("digits-*/meta.json"))
     RunImages(teacher, kd.load(teacher), cache_dir=str(tmp_path / "also"))
     assert list((tmp_path / "also/store").glob("digits-*/meta.json"))
+
+
+# Letters that act
+
+RED, SHOWN = "\x1b[31mred\x07\x9b2J\u202e\n", r"\x1b[31mred\x07\x9b2J\u202e"
+
+
+def assert_nothing_acts(*texts: str) -> None:
+    assert SHOWN in "".join(texts)
+    for text in texts:
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
+
+
+@pytest.mark.parametrize("form", ["table", "csv"])
+def test_class_names_in_a_terminal(teacher, call, form):
+    rewrite(teacher, classes=[RED, *map(str, range(9))])
+    result = call("kd.predict", teacher, "docs/speed.png", "--top", 10, "--format", form)
+    assert_nothing_acts(result.out)
+    assert form == "csv" or len(result.out.splitlines()) == 2
+
+
+def test_errors_and_lines_in_a_terminal(teacher, rewrite_data, call):
+    rewrite(teacher, classes=[RED, *map(str, range(9))])
+    result = call("evaluate", teacher)
+    assert_one_line(result, "different classes")
+    assert_nothing_acts(result.err)
+    rewrite_data(source=RED)
+    result = call("kd.export", teacher, "--to", "torch")
+    assert result.status == 0
+    assert_nothing_acts(result.out, result.err)
+
+
+def test_a_table_in_a_terminal(call, train, tmp_path, out):
+    for i, name in enumerate(("\x1b[31mred\x07\x9b2J\u202e", "blue")):
+        for place in range(24):
+            write_image(tmp_path / "pictures/train" / name / f"{place}.png", (200 * i, 60, 60), (28, 28), seed=place)
+    words = ("--data.source", tmp_path / "pictures", "--data.test_fraction", 0.4, "--data.num_train", "null")
+    assert train(*words).status == 0
+    result = call("evaluate", out, "--latency", "false")
+    assert result.status == 0
+    assert_nothing_acts(result.out, result.err)
