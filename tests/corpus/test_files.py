@@ -315,3 +315,20 @@ def test_a_table_in_a_terminal(call, train, tmp_path, out):
     result = call("evaluate", out, "--latency", "false")
     assert result.status == 0
     assert_nothing_acts(result.out, result.err)
+
+
+def test_names_in_a_model_card(teacher, rewrite_data, call):
+    mark = "<script>|[a](b)`*c*\n# d"
+    shown = r"\<script\>\|\[a\](b)\`\*c\* \# d"
+    rewrite(teacher, classes=[mark, *map(str, range(9))])
+    rewrite_data(source=mark)
+    config = yaml.safe_load((teacher / "config.yaml").read_text())
+    config["optimizer"]["name"], config["init_from"] = mark, mark
+    config["losses"] = [{"class_path": "my.Loss", "init_args": {"a": mark}}]
+    (teacher / "config.yaml").write_text(yaml.safe_dump(config))
+    summary = json.loads((teacher / "summary.json").read_text())
+    (teacher / "summary.json").write_text(json.dumps({**summary, "device": mark, "git_commit": mark}))
+    assert call("kd.export", teacher, "--to", "hub").status == 0
+    text = (teacher / "export/hub/README.md").read_text().split("---\n", 2)[2]
+    assert text.count(shown) >= 6
+    assert "<script>" not in text

@@ -86,12 +86,12 @@ def _values(run: Path, config: dict, summaries: list[dict]) -> dict:
     kind, arguments = saved["model"], saved["model_args"]
     if reused := kind == "reused_head":
         kind, arguments = arguments["student"], arguments["student_args"]
-    given = f" ({', '.join(f'{key}={value}' for key, value in arguments.items())})" if arguments else ""
+    given = escaped(", ".join(f"{key}={value}" for key, value in arguments.items()))
     share, count = summaries[0]["test_accuracy"] / 100, summaries[0]["images"]["test"]
     first = config["weights"] or config["init_from"]
     return {
         "title": escaped(_name(run)),
-        "network": f"`{kind}`{given}",
+        "network": f"`{kind}`" + (f" ({given})" if given else ""),
         "reused": reused,
         "module": _module(kind),
         "library": f"version {kd.__version__}: {install_command()}",
@@ -103,11 +103,12 @@ def _values(run: Path, config: dict, summaries: list[dict]) -> dict:
         "view": saved["preprocess"],
         "views": Views.of(recorded_data(data, str(run))).words(),
         "first_weights": _public(first) if first else None,
-        "objective": objective(config["losses"]),
+        "objective": escaped(objective(config["losses"])),
         "losses": [words for words in dict.fromkeys(map(_in_words, config["losses"])) if words],
         "standard_error": 100 * math.sqrt(share * (1 - share) / count),
-        "summary": summaries[0],
-        "config": config,
+        "versions": escaped(", ".join(f"{name} {number}" for name, number in summaries[0]["versions"].items())),
+        "summary": _all_escaped(summaries[0]),
+        "config": _all_escaped(config),
     }
 
 
@@ -139,12 +140,21 @@ def _public(path: str) -> str:
     return escaped("/".join(part for part in Path(path).parts[-2:] if part != "/"))
 
 
+def _all_escaped(value):
+    """A file's values with all texts among them escaped."""
+    if isinstance(value, dict):
+        return {key: _all_escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_all_escaped(inner) for inner in value]
+    return escaped(value) if isinstance(value, str) else value
+
+
 def _teacher(name: str) -> dict:
     """A teacher's name, and what its run folder says where that is still there."""
     try:
         summary = read_summary(Path(name))
         model = json.loads((Path(name) / "config.json").read_text())["model"]
-        known = {"model": model, "num_params": summary["num_params"], "accuracy": summary["test_accuracy"]}
+        known = {"model": escaped(model), "num_params": summary["num_params"], "accuracy": summary["test_accuracy"]}
     except (UserError, OSError, KeyError, ValueError):
         known = {}
     return {"name": _public(name), **known}
