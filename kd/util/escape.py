@@ -15,4 +15,4 @@ def in_terminal(text: str) -> str:
 
 def in_markdown(name: str) -> str:
     """A name as Markdown shows it, on one line: https://spec.commonmark.org/0.31.2/#backslash-escapes"""
-    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", " ".join(name.split()))
+    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", in_terminal(" ".join(name.split())))
