@@ -167,11 +167,12 @@ class Data:
         return replace(self, **kept)
 
 
-def load_data(config, download: bool = True) -> Data:
+def load_data(config, download: bool = True, size: tuple[int, int] | None = None) -> Data:
     """Open a `kd.run.config.DataConfig`'s source and make its splits.
 
     Args:
         download: False to refuse a named set that is not on this disk instead of fetching it.
+        size: (H, W) that all images are brought to, as `Classifier.predict` does with files.
 
     Raises:
         UserError: the source cannot be read, has one class, or is too small for what is asked.
@@ -179,7 +180,7 @@ def load_data(config, download: bool = True) -> Data:
     cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
     download_dir = Path(config.download_dir).expanduser() if config.download_dir else cache_dir / "downloads"
     source = find_source(config.source, cache_dir, download_dir, config.image_column, config.label_column, download)
-    recipe = Recipe(config.channels, config.resize, config.skip_unreadable)
+    recipe = Recipe(config.channels, config.resize, config.skip_unreadable, size)
     classes, stores = open_stores(source, recipe, cache_dir, config.store, config.num_workers)
     _check(config, classes, stores)
     seed, train = config.split_seed, stores["train"]

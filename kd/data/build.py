@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd.data.decode import OtherSize, UnreadableImage, image_size
+from kd.data.listing import MEMORY, contents, digest, listing
 from kd.data.raw import RawSplit
 from kd.data.stream import in_workers, unreadable
 from kd.util.errors import UserError
-from kd.util.files import built_aside, write_atomic
+from kd.util.files import built_aside, sync, write_atomic
 from kd.util.machine import num_cores
 
 FEW = 512  # images that are decoded sooner than processes have started
@@ -28,31 +29,42 @@ BLOCK_BYTES = 2**20  # what a worker decodes at a time
 
 @dataclass
 class Recipe:
-    """How a source's images become arrays of one size."""
+    """How a source's images become arrays of one size.
+
+    size: (H, W) that all are brought to, whatever theirs is, see `kd.data.decode.read_image`.
+    """
 
     channels: int
     resize: int | None
     skip_unreadable: bool
+    size: tuple[int, int] | None = None
 
+    @property
+    def fit_to(self) -> tuple[int, int] | None:
+        """(H, W) that images are brought to if they cannot keep theirs."""
+        return self.size or (self.resize and (self.resize, self.resize))
 
-def much_larger(size: tuple[int, int], resize: int | None) -> bool:
-    return resize is not None and min(size) > 2 * resize
+    def unsuited(self, size: tuple[int, int]) -> str:
+        """Why images of this (H, W) cannot keep it; empty if they can."""
+        if self.size is not None:
+            return f"{size[1]}x{size[0]}, not {self.size[1]}x{self.size[0]}" if size != self.size else ""
+        larger = self.resize is not None and min(size) > 2 * self.resize
+        return f"{size[1]}x{size[0]}, much larger than data.resize {self.resize}" if larger else ""
 
 
 def size_of_first(splits: dict[str, RawSplit], recipe: Recipe) -> tuple[int, int]:
     """(H, W) of the first image that can be read: what all images of all splits must have.
 
     Raises:
-        OtherSize: that is much larger than needed.
+        OtherSize: they cannot keep it.
     """
     name, split = next(iter(splits.items()))
     for place in range(len(split.labels)):
         pixels = split.read(place, recipe.channels)
         if not isinstance(pixels, Exception):
-            height, width = pixels.shape[1:]
-            if much_larger((height, width), recipe.resize):
-                raise OtherSize(f"images of {width}x{height} are much larger than data.resize {recipe.resize}")
-            return height, width
+            if why := recipe.unsuited(pixels.shape[1:]):
+                raise OtherSize(f"images are of {why}")
+            return pixels.shape[1:]
     raise UserError(f"data: no image of the {name} split can be read")
 
 
@@ -60,8 +72,10 @@ def build(folder, classes, splits: dict[str, RawSplit], recipe: Recipe, size, no
     try:
         with built_aside(folder) as aside:
             skipped = {name: _decode(aside, name, split, recipe, size, fit) for name, split in splits.items()}
+            for path in aside.iterdir():  # or a power cut could leave zeros that have the right time
+                sync(path)
             meta = {"classes": classes, "splits": list(splits), "skipped": skipped, "notes": notes}
-            (aside / "meta.json").write_text(json.dumps(meta))
+            (aside / "meta.json").write_text(json.dumps({**meta, "sha256": checksum(aside, meta, folder)}))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -69,6 +83,16 @@ def build(folder, classes, splits: dict[str, RawSplit], recipe: Recipe, size, no
             f"no space for the decoded images in {folder.parent}; free some, set data.cache_dir to another disk, or "
             f"data.store to stream"
         ) from None
+
+
+def checksum(folder: Path, meta: dict, place: Path) -> str:
+    """Of all that a store holds.
+
+    Args:
+        place: the store's folder, when it is there.
+    """
+    files = [(parts, state) for parts, state in listing(folder) if parts != ("meta.json",)]
+    return digest([json.dumps(meta, sort_keys=True), contents(folder, files, place.parent.parent / MEMORY, place)])
 
 
 def _reserve(path: Path) -> None:

@@ -21,6 +21,7 @@ from kd.util.files import file_sha256, locked, shown, unless_read_only, write_at
 from kd.util.machine import num_cores
 
 Listing = list[tuple[tuple[str, ...], os.stat_result]]  # the parts of each file's path below a folder, and its state
+MEMORY = "contents"  # the folder of the cache where hashes are kept
 BLOCK, MANY_BYTES = 64, 2**28  # files that a process reads at a time; from how many bytes on there are processes
 
 

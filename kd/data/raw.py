@@ -41,8 +41,9 @@ class RawSplit:
         self, place: int, channels: int, size: tuple[int, int] | None = None, fit: bool = True
     ) -> np.ndarray | UnreadableImage:
         """The pixels of one image as `read_image` gives them, or why it cannot be read."""
+        image = self.images[place]
         try:
-            return read_image(self.images[place], channels, size, fit)
+            return read_image(image.transpose(1, 2, 0) if self.decoded else image, channels, size, fit)
         except UnreadableImage as error:
             return error
         except FileNotFoundError:  # a Parquet row may name a file instead of holding it

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from kd.data.listing import contents, digest, listing
+from kd.data.listing import MEMORY, contents, digest, listing
 from kd.data.parquet import load_hub, open_dataset, open_parquet
 from kd.data.raw import TEST_NAMES, VAL_NAMES, RawSplit, canonical
 from kd.util.errors import UserError, say, unknown
 from kd.util.files import locked, shown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-MEMORY = "contents"  # of the cache: hashes of what was read
 # the named sets, and their files below the download folder
 NAMED = {
     "digits": "",

@@ -1,6 +1,7 @@
 """Images decoded once: a uint8 array on disk, memory-mapped, shared by all processes and later runs.
 
-A store is a folder named by a fingerprint of the source and of how it was decoded. It is built aside and renamed, under
+A store is a folder named by a fingerprint of the source and of how it was decoded, and holds a checksum, which is
+compared once for each state of its files (`kd.data.listing`). It is built aside and renamed, under
 a lock: one process builds, with all cores, the others wait; when the builder dies the next one takes over. A set whose
 decoded images would take too much of the disk is not stored, but decoded at each read, to the same images
 at the same places.
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL
 
-from kd.data.build import Recipe, build, examined, much_larger, size_of_first
+from kd.data.build import Recipe, build, checksum, examined, size_of_first
 from kd.data.decode import OtherSize
 from kd.data.raw import RawSplit
 from kd.data.sources import Source
@@ -25,6 +27,7 @@ from kd.util.errors import UserError, say
 from kd.util.files import locked
 from kd.util.machine import share_of_cores
 
+FORMAT = 2  # of what a store holds; a change of how images are decoded is another one
 SHARE_OF_DISK = 0.5  # of the free space that the decoded images may take
 
 
@@ -59,7 +62,7 @@ def open_stores(
     """Class names and the splits of a source; stored ones are built if they are not on disk yet.
 
     Images of one size keep it. Images of several sizes, or much larger than needed, are brought to a square of `resize`
-    pixels (shorter side resized, centre cropped).
+    pixels (shorter side resized, centre cropped), or all to the size that the recipe states.
 
     Args:
         mode: `disk` to store the images, `stream` to decode them at each read, `auto` to stream if they
@@ -71,34 +74,34 @@ def open_stores(
     """
     if source.fingerprint is None:  # downloaded just now: the next start will find the files
         classes, splits = source.open()
-        return classes, {name: Store(split.images, split.labels) for name, split in splits.items()}
+        return _of_size((classes, {name: Store(split.images, split.labels) for name, split in splits.items()}), recipe)
     root = cache_dir / "store"
-    stem = "".join(c if c.isalnum() else "-" for c in source.name).strip("-")
-    key = f"{stem}-{source.fingerprint}-{recipe.channels}ch{'-skip' if recipe.skip_unreadable else ''}"
-    native, fitted = root / key, root / f"{key}-fit{recipe.resize}"
+    key = _key(source, recipe)
+    height, width = recipe.fit_to or (None, None)
+    native, fitted = root / key, root / f"{key}-fit{width if width == height else f'{width}x{height}'}"
     root.mkdir(parents=True, exist_ok=True)
     with locked(root / f"{key}.lock"):
         if source.decoded:
             found = _read(native)
         else:
-            found = None if mode == "stream" else _read(fitted) or _read(native, recipe.resize)
+            found = None if mode == "stream" else _read(fitted) or _read(native, recipe)
         if found is not None:
-            return found
+            return _of_size(found, recipe)
         classes, splits = source.open()
         for name, split in splits.items():
             if len(split.labels) == 0:
                 raise UserError(f"data: the {name} split holds no images")
         if source.decoded:
             build(native, classes, splits, recipe, None, source.notes)
-            return _read(native)
+            return _of_size(_read(native), recipe)
         try:
             folder, size, why, bad = _native(native, source, classes, splits, recipe, mode)
         except OtherSize as error:
-            if recipe.resize is None:
+            if recipe.fit_to is None:
                 raise UserError(
                     f"{error}; set data.resize (pixels of the shorter side), and images become squares"
                 ) from None
-            source.notes.append(f"{error}; all are brought to {recipe.resize}x{recipe.resize}")
+            source.notes.append(f"{error}; all are brought to {width}x{height}")
             folder, size, why, bad = _fitted(native, fitted, source, classes, splits, recipe, mode)
         if not why:
             return _read(folder)
@@ -106,6 +109,25 @@ def open_stores(
     workers = share_of_cores() if workers is None else workers
     say(f"data: images are decoded at each step, ahead of it by {workers} processes ({why})")
     return classes, _streamed(splits, recipe, bad, size, folder, folder == fitted, workers)
+
+
+def _key(source: Source, recipe: Recipe) -> str:
+    """The name of a source's store: what its images depend on."""
+    stem = "".join(c if c.isalnum() else "-" for c in source.name).strip("-")
+    how = f"{recipe.channels}ch{'-skip' if recipe.skip_unreadable else ''}-v{FORMAT}"
+    return f"{stem}-{source.fingerprint}-{how}" + ("" if source.decoded else f"-pillow{PIL.__version__}")
+
+
+def _of_size(found: tuple[list[str], dict[str, Store]], recipe: Recipe) -> tuple[list[str], dict[str, Store]]:
+    """Splits whose images have the size that the recipe states; arrays of another are resized at each read."""
+    classes, stores = found
+    if recipe.size is None or all(store.images.shape[2:] == recipe.size for store in stores.values()):
+        return found
+    say(f"data: images are brought to {recipe.size[1]}x{recipe.size[0]}")
+    for name, store in stores.items():
+        raw, every = RawSplit(store.images, store.labels), np.arange(len(store))
+        stores[name] = Store(Encoded(raw, every, recipe.channels, recipe.size, fit=True, workers=0), store.labels)
+    return classes, stores
 
 
 def _native(
@@ -132,8 +154,8 @@ def _native(
 def _fitted(
     native: Path, fitted: Path, source: Source, classes: list[str], splits: dict[str, RawSplit], recipe: Recipe, mode
 ) -> tuple[Path, tuple[int, int], str, dict]:
-    """Build the store of images that become squares; returns what `_native` does."""
-    size, bad = (recipe.resize, recipe.resize), {}
+    """Build the store of images that are brought to one size; returns what `_native` does."""
+    size, bad = recipe.fit_to, {}
     why = _why_streamed(splits, recipe.channels, size, fitted.parent, mode)
     if not why:
         build(fitted, classes, splits, recipe, size, source.notes, fit=True)
@@ -165,18 +187,23 @@ def _streamed(
     return stores
 
 
-def _read(folder: Path, resize: int | None = None) -> tuple[list[str], dict[str, Store]] | None:
-    """A store; None if it is not there, is damaged, or holds images much larger than `resize`."""
+def _read(folder: Path, recipe: Recipe | None = None) -> tuple[list[str], dict[str, Store]] | None:
+    """A store; None if it is not there, is damaged, or holds images of another size than the recipe wants."""
     stores = {}
+    if not folder.exists():
+        return None
     try:
         meta = json.loads((folder / "meta.json").read_text())
+        if meta.pop("sha256") != checksum(folder, meta, folder):
+            raise ValueError("its files do not have their checksum")
         for split in meta["splits"]:
             images = np.load(folder / f"{split}-images.npy", mmap_mode="r")
             stores[split] = Store(images, np.load(folder / f"{split}-labels.npy"), f"{folder.name}/{split}")
         classes, notes, skipped = meta["classes"], meta["notes"], meta["skipped"]
-    except (OSError, ValueError, EOFError, KeyError):
+    except (OSError, ValueError, EOFError, KeyError, AttributeError) as error:
+        say(f"data: the store {folder} is damaged ({error}) and is rebuilt")
         return None
-    if any(much_larger(store.images.shape[2:], resize) for store in stores.values()):
+    if recipe is not None and any(recipe.unsuited(store.images.shape[2:]) for store in stores.values()):
         return None
     _say(notes, skipped)
     return classes, stores

@@ -73,7 +73,7 @@ class Evaluator:
         summary, resolved = read_summary(folder), read_yaml(folder / "config.yaml")
         if not isinstance(resolved.get("data"), dict) or not {"seed", "seconds"} <= summary.keys():
             raise UserError(f"run {run!r} is damaged: config.yaml or summary.json lacks fields; train it again")
-        key, data = self._load(resolved["data"], run)
+        key, data = self._load(resolved["data"], run, classifier.preprocess.view.source_size)
         _match(classifier, data, run)
         split = getattr(data, self.config.split)
         if split is None:
@@ -137,16 +137,17 @@ class Evaluator:
         every = [value for values in row["corruptions"].values() for value in values]
         row["corruption_mean"] = sum(every) / len(every)
 
-    def _load(self, settings: dict, run: str) -> tuple[str, Data]:
+    def _load(self, settings: dict, run: str, size: tuple[int, int] | None) -> tuple[str, Data]:
+        """A run's data; other images are brought to the size (H, W) of its training images, as `predict` does."""
         ours = {"cache_dir": self.config.cache_dir, "download_dir": self.config.download_dir}
         if self.config.source:  # the run's subset and validation are not those of other images
             ours |= {"source": self.config.source, "num_train": None}
             if self.config.split == "test":
                 ours["val_fraction"] = 0.0
-        config = recorded_data(settings, run, **ours)
-        key = json.dumps(dataclasses.asdict(config), sort_keys=True)
+        config, size = recorded_data(settings, run, **ours), size if self.config.source else None
+        key = json.dumps([dataclasses.asdict(config), size], sort_keys=True)
         if key not in self._data:
-            self._data[key] = load_data(config)
+            self._data[key] = load_data(config, size=size)
         return key, self._data[key]
 
     def _ask(self, network, data: Data, split: Split) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ import safetensors.torch
 from torch import Tensor
 
 from kd.util.errors import is_main_process, say
-from kd.util.files import built_aside, delete, sync_folder, write_synced
+from kd.util.files import built_aside, delete, sync, write_synced
 from kd.util.gathers import share_out
 
 KEEP = 2
@@ -74,8 +74,8 @@ def save_checkpoint(folder: Path, progress: Progress, tensors: dict[str, dict[st
         state = {"progress": asdict(progress), "sha256": digests}
         content = json.dumps({**state, "sha256_of_this": _digest(state)}, indent=1).encode()
         write_synced(aside / "state.json", content)
-        sync_folder(aside)
-    sync_folder(folder)
+        sync(aside)
+    sync(folder)
     for old in [path for path in checkpoints(folder) if path != final][KEEP - 1 :]:  # never the one just written
         delete(old, folder)
     return final

@@ -283,3 +283,49 @@ def test_files_of_two_validation_splits(tables, refused):
 def test_what_is_read_of_parquet_files_is_copied_to_the_cache_alone(tables, load, tmp_path):
     load(tables.write("train-0", ["cat", "dog"], [0, 1] * 5), val_fraction=0)
     assert not (tmp_path / "home").exists()
+
+
+# What is kept of them
+
+
+def zeroed(store: Path) -> None:
+    np.load(store / "train-images.npy", mmap_mode="r+")[:20] = 0
+
+
+def reversed_labels(store: Path) -> None:
+    np.save(store / "train-labels.npy", np.load(store / "train-labels.npy")[::-1])
+
+
+def short_labels(store: Path) -> None:
+    np.save(store / "train-labels.npy", np.load(store / "train-labels.npy")[:-5])
+
+
+def other_names(store: Path) -> None:
+    text = (store / "meta.json").read_text()
+    (store / "meta.json").write_text(text.replace("red", "green", 1).replace("green", "red", 1))
+
+
+@pytest.mark.parametrize("damage", [zeroed, reversed_labels, short_labels, other_names])
+def test_a_damaged_store_is_noticed_and_rebuilt(image_folder, load, tmp_path, capsys, damage):
+    before = load(image_folder).train.store
+    pixels, labels = np.array(before.images), before.labels
+    (store,) = (path for path in (tmp_path / "cache" / "store").iterdir() if path.is_dir())
+    damage(store)
+    capsys.readouterr()
+    after = load(image_folder)
+    assert "is damaged (its files do not have their checksum) and is rebuilt" in capsys.readouterr().out
+    assert np.array_equal(after.train.store.images, pixels)
+    assert np.array_equal(after.train.store.labels, labels)
+    assert after.classes == ["blue", "green", "red"]
+
+
+def test_a_whole_store_is_read_once(image_folder, load, monkeypatch):
+    load(image_folder)
+    monkeypatch.setattr("kd.data.listing.file_sha256", None)
+    load(image_folder)
+
+
+def test_another_pillow_has_a_store_of_its_own(image_folder, load, monkeypatch):
+    first = load(image_folder).train.store.identity()
+    monkeypatch.setattr("PIL.__version__", "1.0")
+    assert load(image_folder).train.store.identity() != first

@@ -10,13 +10,16 @@ import os
 import runpy
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_one_line, write_image
+from PIL import Image
 
 import kd
 from kd.data import load_data
 from kd.data.corrupt import STRENGTHS, corrupt
+from kd.data.decode import read_image
 from kd.measure import metrics
 from kd.run.config import DataConfig
 
@@ -315,3 +318,32 @@ def test_a_run_of_nans_is_measured_and_its_json_stays_json(call, runs, tmp_path)
     row = json.loads(result.out, parse_constant=lambda constant: pytest.fail(constant))["runs"][0]
     assert row["nll"] is row["temperature"] is None
     assert call("evaluate", tmp_path / "broken", "--latency", "false").status == 0
+
+
+def test_other_images_are_prepared_as_predict_prepares_files(call, teacher_run, tmp_path):
+    """Of any size and shape; the network was trained on 8x8 pixels."""
+    from sklearn.datasets import load_digits
+
+    digits, files = load_digits(), []
+    for i in range(40):
+        for split in ("train", "test"):
+            path = tmp_path / "large" / split / str(digits.target[i]) / f"{i:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = Image.fromarray((digits.images[i] * 255 / 16).astype(np.uint8))
+            pixels.resize((50 + i % 2, 40), Image.Resampling.BICUBIC).save(path)
+        files.append(path)
+    network, files = kd.load(teacher_run), sorted(files)
+    right = [name == path.parent.name for path, [(name, _)] in zip(files, network.predict(files), strict=True)]
+    result = call("evaluate", teacher_run, "--source", tmp_path / "large", "--format", "json", "--latency", "false")
+    assert result.status == 0, result.err
+    row = json.loads(result.out)["runs"][0]
+    assert row["top1"] == pytest.approx(100 * np.mean(right))
+    assert row["wrong"] == [i for i, each in enumerate(right) if not each]
+
+
+def test_arrays_of_another_size_are_brought_to_it():
+    data = load_data(DataConfig(channels=1, mean=[0.5], std=[0.5]))
+    small = load_data(DataConfig(channels=1, mean=[0.5], std=[0.5]), size=(5, 4))
+    assert small.image_shape == (1, 5, 4)
+    for image, expected in zip(small.test.on_host(np.arange(9))[0], data.test.on_host(np.arange(9))[0], strict=True):
+        assert np.array_equal(image, read_image(expected[0].numpy(), 1, (5, 4)))
