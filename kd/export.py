@@ -1,7 +1,6 @@
 """`python -m kd.export`, see `kd.tools.export.command`."""
 
-from kd.tools.export.command import main
-from kd.util.errors import run_script
+from kd.util.errors import run_command
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command("kd.tools.export.command")

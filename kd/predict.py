@@ -1,7 +1,6 @@
 """`python -m kd.predict`, see `kd.tools.predict`."""
 
-from kd.tools.predict import main
-from kd.util.errors import run_script
+from kd.util.errors import run_command
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command("kd.tools.predict")

@@ -1,7 +1,6 @@
-"""`python -m kd.sweep`, see `kd.tools.sweep.command`."""
+"""`python -m kd.sweep`, see `kd.tools.sweep`."""
 
-from kd.tools.sweep.command import main
-from kd.util.errors import run_script
+from kd.util.errors import run_command
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command("kd.tools.sweep")

@@ -1,7 +1,6 @@
 """`python -m kd.workspace`, see `kd.track.workspace`."""
 
-from kd.track.workspace import main
-from kd.util.errors import run_script
+from kd.util.errors import run_command
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command("kd.track.workspace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import importlib
 import os
 import signal
 import sys
@@ -132,6 +133,11 @@ def run_script(main: Callable[[], int | None], then: str = "the same command goe
         # While Python ends it puts the default in place of every handler, and the signal would kill; "ignore" stays.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     sys.exit(status)
+
+
+def run_command(module: str) -> None:
+    """`python -m kd.NAME`: `run_script` of a module's `main`, with its imports, which take time or lack a package."""
+    run_script(lambda: importlib.import_module(module).main())
 
 
 def _lost_worker(error: RuntimeError) -> str | None:
