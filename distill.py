@@ -4,7 +4,7 @@
 accelerate launch distill.py --config recipes/digits/kd.yaml --teacher runs/digits/teacher
 """
 
-from kd.util.errors import run_script
+from kd.util.errors import run_script, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(DistillConfig, argv)
 
     from kd.data import load_data
-    from kd.teachers import load_teacher
+    from kd.teachers import load_teacher, other_sizes
     from kd.teachers.precompute import precompute_teacher
     from kd.train.conclude import conclude  # --help and --print_config need none of these
     from kd.train.distiller import Distiller
@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         data = load_data(config.data)
         teacher = load_teacher(config.teacher, data.classes, config.teacher_mean, accelerator.device, config.trust_code)
+        for line in other_sizes(teacher, data.image_shape):
+            say(f"note: the teacher {line}")
         student = build_student(data, config, teacher)
         distiller = Distiller(student, config.losses, teacher, data.image_shape, data.train_labels, config.seed)
         announce(distiller, data, config, accelerator)

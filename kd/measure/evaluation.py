@@ -23,7 +23,7 @@ from kd.run.config import EvaluateConfig
 from kd.run.contents import read_summary
 from kd.run.parse import read_yaml
 from kd.run.recorded import recorded_data
-from kd.teachers import load_teacher
+from kd.teachers import load_teacher, other_sizes
 from kd.util.errors import UserError
 from kd.util.machine import device_name, versions
 
@@ -174,6 +174,7 @@ class Evaluator:
         except UserError as error:
             measured.notes.append(f"{label} cannot be compared with: {error}")
             return
+        measured.notes += [f"{measured.name}: its teacher {line}" for line in other_sizes(teacher, data.image_shape)]
         name = (str(Path(names[0]).resolve()), key) if len(names) == 1 else (f"{'+'.join(names)} {mean}", key)
         theirs, _ = self._predict(name, teacher, data, view)
         measured.teacher_logits = theirs

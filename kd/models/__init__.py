@@ -19,7 +19,7 @@ from kd.models import torchvision_nets
 from kd.models.cifar import CIFAR_NETS
 from kd.models.dropout import use_keyed_dropout
 from kd.models.fold import folded
-from kd.models.frozen import freeze, freeze_all_but, state_hash
+from kd.models.frozen import code_hash, freeze, freeze_all_but, state_hash
 from kd.models.own import import_builder
 from kd.models.preprocess import Preprocess, View
 from kd.models.reused_head import ReusedHead, reuse_head
@@ -33,6 +33,7 @@ __all__ = [
     "View",
     "build_classifier",
     "build_network",
+    "code_hash",
     "freeze",
     "load_classifier",
     "reuse_head",

@@ -7,9 +7,13 @@ statistics (https://pytorch.org/docs/stable/notes/autograd.html#evaluation-mode-
 from __future__ import annotations
 
 import hashlib
+import sys
+from pathlib import Path
 from types import MethodType
 
 from torch import nn
+
+from kd.util.files import file_sha256
 
 
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -47,4 +51,16 @@ def state_hash(module: nn.Module) -> str:
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def code_hash(module: nn.Module) -> str:
+    """SHA-256 of the files that define a user's own classes in a network, those outside torch, torchvision and kd; of
+    what these files import nothing is known."""
+    names = {type(part).__module__ for part in module.modules()}
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names}
+    digest = hashlib.sha256()
+    for name, file in sorted(files.items()):
+        if file and name.partition(".")[0] not in ("torch", "torchvision", "kd"):
+            digest.update(f"{name} {file_sha256(Path(file))}".encode())
     return digest.hexdigest()

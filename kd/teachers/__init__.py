@@ -95,6 +95,21 @@ def load_teacher(
     return Teacher(members, classes, mean).to(device)
 
 
+def other_sizes(teacher: Teacher, image_shape: tuple[int, int, int]) -> list[str]:
+    """What is to be said where a teacher was made for images of another size than the stored ones, (C, H, W)."""
+    lines, (height, width) = [], image_shape[1:]
+    for member in teacher.members:
+        view = member.preprocess.view
+        made_for = view.source_size or (view.resize and (view.resize, view.resize)) or (height, width)
+        if (height, width) != made_for and (view.source_size or min(height, width) < view.resize):
+            lines.append(
+                f"{member.recipe['model']} was made for images of {made_for[1]}x{made_for[0]} and sees these at "
+                f"{width}x{height}, which can make it worse; see that data.source and data.resize are those it was "
+                f"trained with"
+            )
+    return lines
+
+
 def _load_member(name: str, classes: Sequence[str], trust: bool) -> Classifier:
     if name in torchvision_nets.names() and not Path(name).is_dir():
         entry = torchvision_nets.pretrained(name, "imagenet")

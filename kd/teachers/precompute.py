@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kd.data import Data, Split, Views, default_cache_dir
 from kd.data.store import Store
-from kd.models import Classifier, state_hash
+from kd.models import Classifier, code_hash, state_hash
 from kd.outputs import Batch, Outputs
 from kd.run.folder import Run
 from kd.teachers import Teacher
@@ -33,6 +33,7 @@ from kd.util.device import to_device
 from kd.util.errors import say
 from kd.util.mapped import announce
 
+FORMAT = 2  # of what tables hold: a change of what our code computes of an image is another one
 SHARE_OF_DISK = 0.25  # of the free space that a table of views may come to take
 MIN_FOUND = 0.1  # the share of answers that a run must expect to find in a table of views
 
@@ -108,7 +109,7 @@ def precompute_teacher(
         say("teacher: asked at each step")
         return teacher
     members = [(member.preprocess.view.to_dict(), member.classes) for member in teacher.members]
-    key = [state_hash(teacher), repr(teacher), teacher.mean, teacher.classes, members, sorted(taps)]
+    key = [state_hash(teacher), code_hash(teacher), repr(teacher), teacher.mean, teacher.classes, members, sorted(taps)]
 
     def ask(images: Tensor) -> dict[str, Tensor]:
         return _named(teacher.outputs(images))
@@ -126,7 +127,7 @@ def _folder(kind: str, key: list, split: Split, config, accelerator, fixed: bool
     views, places = Views.of(config.data), hashlib.sha256(split.places.tobytes()).hexdigest()
     # what an image is mixed with depends on which images there are
     of = places if fixed else [*views.identity(), places] if views.mixes else views.identity()
-    parts = [*key, accelerator.mixed_precision, split.store.identity(), of, accelerator.device.type]
+    parts = [FORMAT, *key, accelerator.mixed_precision, split.store.identity(), of, accelerator.device.type]
     name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
     cache_dir = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default_cache_dir()
     return cache_dir / "tables" / f"{kind}-{name}"
@@ -210,7 +211,12 @@ def precompute_backbone(classifier: Classifier, data: Data, config, accelerator,
     with torch.no_grad(), accelerator.autocast():
         if not isinstance(head, nn.Linear) or not torch.allclose(head(features), logits, atol=1e-4):
             return data
-    key = [_backbone_hash(classifier), repr(classifier.network), classifier.preprocess.view.to_dict()]
+    key = [
+        _backbone_hash(classifier),
+        code_hash(classifier),
+        repr(classifier.network),
+        classifier.preprocess.view.to_dict(),
+    ]
     if worth_it(config, data):
         fixed = ("train", "val")
     else:

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, write_image
 from test_resume import rows
+from torch import nn
 
-from kd.models import build_network
+from kd.models import build_network, code_hash
 
 TAPS = "[{class_path: CosineEmbedding, init_args: {student_tap: features.8, teacher_tap: features.7}}, KL]"
 
@@ -161,3 +162,30 @@ def test_rows_are_found_by_an_images_place(teacher_run):
     outputs = teacher.answer(Batch(torch.empty(0), index, index))
     assert outputs.logits.tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 1]]
     assert outputs.features["map"].tolist() == [[2], [0], [2]]
+
+
+def test_the_code_of_an_own_network_is_part_of_what_a_table_is_known_by(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "from torch import nn\nclass Net(nn.Linear):\n    def forward(self, x):\n        return super().forward(x)\n"
+    (tmp_path / "net_of_mine.py").write_text(code)
+    from net_of_mine import Net
+
+    net = Net(2, 3)
+    before = code_hash(nn.Sequential(net))
+    assert before == code_hash(nn.Sequential(Net(2, 3), nn.ReLU()))
+    (tmp_path / "net_of_mine.py").write_text(code.replace("return", "return -"))
+    assert code_hash(nn.Sequential(net)) != before
+    assert code_hash(nn.Linear(2, 3)) == code_hash(build_network("mnist_student", 3))
+
+
+def test_a_teacher_that_sees_another_size_than_in_training_is_told(call, teacher_run, tmp_path):
+    for digit in range(10):
+        for i in range(3):
+            write_image(tmp_path / "own" / "train" / str(digit) / f"{i}.png", (25 * digit,) * 3, size=(12, 12))
+    few = ("--data.source", tmp_path / "own", "--data.num_train", "null", "--data.val_fraction", 0, "--max_steps", 1)
+    few = (*few, "--data.test_fraction", 0.4, "--report_to", "none", "--output_dir", tmp_path / "kd")
+    result = call("distill", "--config", "recipes/digits/kd.yaml", "--teacher", teacher_run, *few)
+    assert result.status == 0, result.err
+    line = "mnist_teacher was made for images of 8x8 and sees these at 12x12"
+    assert f"note: the teacher {line}" in result.out
+    assert line in call("evaluate", tmp_path / "kd", "--latency", "false").err
