@@ -19,9 +19,13 @@ class TrackioRun(TrackerRun):
     """The Trackio run of a job, the same one after a restart."""
 
     def __init__(self, accelerator: Accelerator, job: Job):
-        self.job = job
+        from trackio.sqlite_storage import SQLiteStorage
+
+        self.job, name = job, f"{job.name}-{job.identity}"  # it finds a run to resume by its name
+        last = SQLiteStorage.get_last_step(job.project, name)
+        self.last_step = -1 if last is None else last
         arguments = {
-            "name": f"{job.name}-{job.identity}",  # it finds a run to go on with by its name
+            "name": name,
             "group": job.group,
             "config": {**job.config, "tags": job.tags, "notes": job.notes, "job_type": job.kind},
             "resume": "allow",
@@ -32,7 +36,6 @@ class TrackioRun(TrackerRun):
         with contextlib.redirect_stdout(io.StringIO()):  # five lines on how to start its server
             accelerator.init_trackers(job.project, init_kwargs={"trackio": arguments})
         self._run = accelerator.get_tracker("trackio", unwrap=True)
-        self.last_step = self._run._next_step - 1  # there is no public name for it
         say(f"Trackio: shown by: trackio show --project {job.project}")
 
     def conclude(self, summary: dict, outcome: Outcome | None, step: int) -> None:

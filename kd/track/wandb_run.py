@@ -58,6 +58,10 @@ class WandbRun(TrackerRun):
                 "finish_timeout_raises": True,
             },
         }
+        # Tables and pictures wait in this folder until they are sent, and the client has no setting for it.
+        self._staged = "WANDB_DATA_DIR" not in os.environ
+        if self._staged:
+            os.environ["WANDB_DATA_DIR"] = str(job.folder / "wandb")
         mode = os.environ.get("WANDB_MODE", "online" if has_key() else "offline")
         for attempt in dict.fromkeys((mode, "offline")):
             if attempt == "offline":
@@ -129,6 +133,9 @@ class WandbRun(TrackerRun):
         except TimeoutError:
             folder = Path(self._run.dir).parent
             say(f"W&B's server did not take all of this run; send it later with: wandb sync {folder}")
+        finally:
+            if self._staged:
+                os.environ.pop("WANDB_DATA_DIR", None)
 
     def _show(self, outcome: Outcome, step: int) -> None:
         import wandb

@@ -1,12 +1,13 @@
 """Make a W&B workspace that compares the runs of a group: curves, loss terms, calibration, cost, what differs.
 
 python -m kd.workspace runs/digits --entity TEAM
-python -m kd.workspace runs/digits --entity TEAM --print     shows what would be sent
+python -m kd.workspace runs/digits --entity TEAM --print     shows it, and sends nothing
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -118,11 +119,13 @@ def build(group: Group, entity: str, name: str):
     )
 
 
-def specification(workspace) -> dict:
-    """What is sent, as W&B's server gets it."""
-    view = workspace._to_model()  # there is no public name for it
-    spec = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))
-    return {"entity": view.entity, "project": view.project, "name": view.display_name, "spec": spec}
+def described(workspace) -> dict:
+    """A workspace as plain values, without what is left to W&B."""
+
+    def given(items):
+        return {key: value for key, value in items if value is not None and key[0] != "_"}
+
+    return dataclasses.asdict(workspace, dict_factory=given)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,14 +137,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--entity", default=os.environ.get("WANDB_ENTITY"), help="user or team; default $WANDB_ENTITY")
     parser.add_argument("--project", help="default: the runs' own, or kd")
     parser.add_argument("--name", help="what the workspace is called; default: the group's name")
-    parser.add_argument("--print", action="store_true", help="print what would be sent, as JSON, and send nothing")
+    parser.add_argument("--print", action="store_true", help="print it as JSON, and send nothing")
     arguments = parser.parse_args(argv)
     group = find_group(arguments.group, arguments.project)
     if not arguments.entity:
         raise UserError("whose project? pass --entity NAME, or set WANDB_ENTITY")
     workspace = build(group, arguments.entity, arguments.name or f"kd: {', '.join(group.names)}")
     if arguments.print:
-        print(json.dumps(specification(workspace), indent=2))
+        print(json.dumps(described(workspace), indent=2, default=str))
         return 0
     if not has_key():
         raise UserError("no W&B key is found; run wandb login, or set WANDB_API_KEY; --print shows it without one")

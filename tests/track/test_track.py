@@ -138,8 +138,11 @@ def test_a_tracker_that_is_not_installed_is_named(call, tmp_path, monkeypatch):
 
 @pytest.fixture
 def wandb_home(tmp_path) -> dict:
-    """An environment in which W&B keeps what it stages in the test's own folder."""
-    return {"WANDB_DATA_DIR": str(tmp_path / "data"), "WANDB_CACHE_DIR": str(tmp_path / "cache")}
+    """An environment whose home folder is the test's own."""
+    return {
+        "HOME": str(tmp_path / "home"),
+        **dict.fromkeys(("XDG_DATA_HOME", "XDG_CACHE_HOME"), str(tmp_path / "home")),
+    }
 
 
 @pytest.mark.slow
@@ -198,6 +201,15 @@ def test_wandb_offline_has_the_same_numbers_what_made_them_and_where_they_come_f
     assert (made.use_after_commit, used.use_after_commit) == (False, True)
     assert {entry.path for entry in made.manifest.contents} == {"model.safetensors", "config.json"}
     assert all(Path(entry.local_path).parent == teacher for entry in used.manifest.contents)
+
+    staged = [
+        Path(entry.local_path)
+        for record in records[student]
+        if record.WhichOneof("record_type") == "artifact"
+        for entry in record.artifact.manifest.contents
+    ]
+    assert all(path.is_file() and {teacher, student} & set(path.parents) for path in staged)  # none in the home folder
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.suffix in (".json", ".png", ".safetensors")]
 
     (table,) = student.glob("wandb/offline-run-*/files/media/table/test/hardest*.json")
     table = json.loads(table.read_text())

@@ -17,11 +17,6 @@ from wandb_workspaces.workspaces import Workspace
 SECTIONS = ["Accuracy", "Loss terms", "Calibration", "Cost against accuracy", "What differs"]
 
 
-def strings(value) -> list[str]:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-    return [value] if isinstance(value, str) else [text for each in inner for text in strings(each)]
-
-
 def printed(call, *arguments) -> dict:
     result = call("kd.track.workspace", *arguments, "--print")
     assert result.status == 0, result.err
@@ -33,42 +28,39 @@ def test_every_panel_shows_what_a_run_writes(call, tmp_path):
     assert call("train_teacher", *SMALL, "--output_dir", run, "--project", "mine").status == 0
     sent = printed(call, tmp_path / "digits", "--entity", "team")
     assert (sent["entity"], sent["project"], sent["name"]) == ("team", "mine", "kd: digits")
-    section = sent["spec"]["section"]
-    panels = section["panelBankConfig"]["sections"]
-    assert [each["name"] for each in panels] == SECTIONS
-    history = {name for _, name in truth(run)} | {"_step"}
-    summary = {f"summary:{key}" for key in json.loads((run / "summary.json").read_text())}
-    kinds, shown = set(), set()
-    for panel in (panel for each in panels for panel in each["panels"]):
-        config, kind = panel["config"], panel["viewType"]
-        kinds.add(kind)
-        if kind == "Run History Line Plot":
-            shown |= set(config["metrics"])
-            assert {*config["metrics"], config.get("xAxis", "_step")} <= history
-        elif kind == "Bar Chart":
-            assert {f"summary:{name}" for name in config["metrics"]} <= summary
-        elif kind == "Scatter Plot":
-            assert {config["xAxis"], config["yAxis"]} <= summary
-    assert kinds == {"Run History Line Plot", "Bar Chart", "Scatter Plot", "Run Comparer"}
+    assert [each["name"] for each in sent["sections"]] == SECTIONS
+    history = {name for _, name in truth(run)} | {"Step"}
+    summary = json.loads((run / "summary.json").read_text()).keys()
+    kinds, shown = [], set()
+    for panel in (panel for each in sent["sections"] for panel in each["panels"]):
+        if isinstance(panel.get("y"), list):
+            kinds.append("curves")
+            shown |= set(panel["y"])
+            assert {*panel["y"], panel["x"]} <= history
+        elif "metrics" in panel:
+            kinds.append("bars")
+            assert set(panel["metrics"]) <= summary
+        elif "y" in panel:
+            kinds.append("points")
+            assert {panel["x"]["name"], panel["y"]["name"]} <= summary
+        else:
+            kinds.append("differences")
+            assert panel["diff_only"] == "split"
+    assert set(kinds) == {"curves", "bars", "points", "differences"}
     assert shown >= {"val/accuracy", "val/nll", "epoch/loss", "epoch/CrossEntropy", "lr", "gradient_norm"}
 
-    (runs,) = section["runSets"]
-    assert set(runs["runFeed"]["columnPinned"]) <= summary | {"run:displayName"}
-    assert [each["name"] for each in runs["grouping"]] == ["jobType", "displayName"]
-    assert {"group", "digits"} <= set(strings(runs["filters"]))
-    assert runs["sort"]["keys"][0] == {"key": {"section": "summary", "name": "val_accuracy"}, "ascending": False}
+    runs = sent["runset_settings"]
+    assert set(runs["pinned_columns"]) <= {f"summary:{key}" for key in summary} | {"run:displayName"}
+    assert [each["name"] for each in runs["groupby"]] == ["JobType", "Name"]
+    assert runs["filters"] == "Metric(\"Group\") in ['digits']"
+    assert runs["order"] == [{"item": {"name": "val_accuracy"}, "ascending": False}]
 
 
 def test_a_group_by_name_shows_whatever_terms_there_are(call):
     sent = printed(call, "somewhere", "--entity", "team", "--name", "mine")
     assert (sent["project"], sent["name"]) == ("kd", "mine")
-    section = sent["spec"]["section"]
-    assert "somewhere" in strings(section["runSets"][0]["filters"])
-    (pattern,) = (
-        panel["config"]["metricRegex"]
-        for panel in section["panelBankConfig"]["sections"][1]["panels"]
-        if "metricRegex" in panel["config"]
-    )
+    assert "somewhere" in sent["runset_settings"]["filters"]
+    (pattern,) = (panel["metric_regex"] for panel in sent["sections"][1]["panels"] if "metric_regex" in panel)
     names = ("epoch/KL", "epoch/CrossEntropy", "epoch/loss", "epoch/images_per_second", "train/KL")
     assert [name for name in names if re.fullmatch(pattern, name)] == ["epoch/KL", "epoch/CrossEntropy"]
 
