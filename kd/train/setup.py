@@ -12,8 +12,6 @@ import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._triton import has_triton
 
 from kd.data import Data, Views
 from kd.models import Classifier, View, build_classifier, load_classifier, reuse_head
@@ -23,7 +21,9 @@ from kd.track import tracker_arguments
 from kd.train import zero
 from kd.train.distiller import Distiller
 from kd.util.errors import UserError, say
-from kd.util.machine import end_with_parent, share_of_cores
+from kd.util.machine import end_with_parent, missing_compiler, share_of_cores
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def make_accelerator(config) -> Accelerator:
@@ -192,7 +192,7 @@ def choose_batch_norm(distiller: Distiller, config, accelerator: Accelerator) ->
     Raises:
         UserError: it is to be synchronised on a CPU.
     """
-    layers = [module for module in distiller.modules() if isinstance(module, _BatchNorm) and module.training]
+    layers = [module for module in distiller.modules() if isinstance(module, BATCH_NORMS) and module.training]
     world, several = accelerator.num_processes, accelerator.num_processes > 1
     if not layers or not (several or config.accumulate > 1):
         return
@@ -228,21 +228,12 @@ def compile_step(distiller: Distiller, config, accelerator: Accelerator, backend
     remedy = "install one, or set compile to false"
     if accelerator.is_fsdp2:
         raise UserError("compile true does not work with FSDP2; set it to false, or use DistributedDataParallel")
-    if accelerator.device.type == "cpu":
-        from torch._inductor import cpp_builder, exc
-
-        try:
-            cpp_builder.get_cpp_compiler()
-        except exc.InvalidCxxCompiler:
-            raise UserError(
-                f"compile true needs a C++ compiler and finds none ($CXX, g++, clang++); {remedy}"
-            ) from None
-    elif not has_triton():
-        raise UserError(f"compile true needs Triton for {accelerator.device.type} and finds none; {remedy}")
-    torch._inductor.config.deterministic = config.deterministic
-    torch._dynamo.config.recompile_limit = 64  # sizes of batch by branches of losses that look at the epoch
+    if missing := missing_compiler(accelerator.device):
+        raise UserError(f"compile true needs {missing}; {remedy}")
+    torch.compiler.config.recompile_limit = 64  # sizes of batch by branches of losses that look at the epoch
     torch.compiler.config.dynamic_sources = r".*\.epoch"
-    distiller.compile(backend=backend, dynamic=False)
+    options = {"deterministic": True} if config.deterministic else None  # of inductor
+    distiller.compile(backend=backend, dynamic=False, options=options)
     say("compiled: student and losses; the first step of each size of batch waits for it")
 
 
@@ -296,5 +287,5 @@ def announce(distiller: Distiller, data: Data, config, accelerator: Accelerator)
         parts = f", optimizer state in {world} parts (DeepSpeed)"
     say(f"on {accelerator.device.type}{threads}, precision {accelerator.mixed_precision}, {shares}{parts}")
     left_to_us = config.mixed_precision == "auto" and accelerator.mixed_precision == "no"
-    if left_to_us and accelerator.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+    if left_to_us and accelerator.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
         say("this CPU has bf16 instructions: --mixed_precision bf16 is faster for many networks, see docs/step.md")

@@ -7,10 +7,13 @@ import json
 import os
 import platform
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -52,6 +55,14 @@ def hardware(device: torch.device) -> dict[str, str | int]:
         found |= {"gpu_count": torch.cuda.device_count(), "cuda": torch.version.cuda}
         found["gpu_memory_gb"] = round(torch.cuda.get_device_properties(device).total_memory / 1e9)
     return found
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """What `torch.compile` lacks for a device on this machine, in words; None if nothing."""
+    if device.type != "cpu":
+        return None if find_spec("triton") else f"Triton for {device.type} and finds none"
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    return None if shutil.which(shlex.split(name)[0]) else f"a C++ compiler and finds no {name} ($CXX, or else g++)"
 
 
 def peak_memory_mb(device: torch.device) -> float | None:
