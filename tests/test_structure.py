@@ -94,9 +94,7 @@ PRIVATE = {
     "models/fold.py: _forward_hooks",
     "models/fold.py: _forward_pre_hooks",
     "teachers/__init__.py: _apply",
-    "track/trackio_run.py: _next_step",
-    "track/wandb_run.py: _log_artifact",
-    "track/workspace.py: _to_model",
+    "track/wandb_run.py: _log_artifact",  # of W&B
     "train/zero.py: _lazy_init_hp_params_optimizer_state",  # of DeepSpeed
 }
 
