@@ -11,6 +11,7 @@ import sqlite3
 import struct
 from pathlib import Path
 
+MEDIA = ("test/hardest", "test/confusion")
 NOT_OURS = ("_timestamp", "_runtime", "_step", "_wandb")
 
 

@@ -24,6 +24,7 @@ from kd.util.files import write_atomic
 
 __all__ = ["Job", "Outcome", "Tracker", "choose_tracker", "hardest", "has_key", "tracker_arguments"]
 
+AXES = ("step", "epoch", "images_seen")  # of every row
 TRACKERS = {"wandb": WandbRun, "tensorboard": TensorBoardRun, "trackio": TrackioRun}
 
 
@@ -56,7 +57,7 @@ class Tracker:
     """
 
     def __init__(self, accelerator: Accelerator, run: Run, config, objective: str, keep_bytes: int):
-        self._accelerator, self._file, self._run, self._step = accelerator, None, None, 0
+        self._accelerator, self._file, self._run, self._last = accelerator, None, None, {"step": 0}
         name = choose_tracker(config.report_to)
         if not run.is_main:
             return
@@ -71,6 +72,7 @@ class Tracker:
             for row in kept:
                 if self._run is not None:
                     self._send(row)
+        self._last = kept[-1] if kept else self._last
 
     @property
     def wants_outcome(self) -> bool:
@@ -94,7 +96,7 @@ class Tracker:
             with suppress(OSError):  # Python would write what the disk did not take once more, and complain, at its end
                 self._file.close()
             raise
-        self._step = row["step"]
+        self._last = row
         if self._run is not None:
             self._send(row)
 
@@ -123,12 +125,15 @@ class Tracker:
         """
         if self._file is None:
             return
+        if summary is not None:
+            place = {axis: self._last[axis] for axis in AXES if axis in self._last}
+            self.log({**place, **{f"test/{name}": summary[f"test_{name}"] for name in ("accuracy", "nll", "ece")}})
         self._file.close()
         self._file = None
         if (run := self._run) is not None:
             if summary is not None:
                 with self._expendable():
-                    run.conclude(summary, outcome, self._step)
+                    run.conclude(summary, outcome, self._last["step"])
             self._run = run  # it is closed in any case, so that what it has been told is kept
             with self._expendable():
                 run.finish(self._accelerator, signal)

@@ -17,7 +17,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from conftest import SMALL, assert_one_line
-from records import tensorboard_scalars, trackio_scalars, truth, wandb_records, wandb_scalars
+from records import MEDIA, tensorboard_scalars, trackio_scalars, truth, wandb_records, wandb_scalars
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import TIMES, rows
@@ -58,6 +58,9 @@ def test_metrics_have_every_term_once_a_step(call, tmp_path):
     written = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     steps = [row for row in written if "train/loss" in row]
     epochs = [row for row in written if "epoch/loss" in row]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    place = {"step": 8, "epoch": 2, "images_seen": 400}
+    assert written[-1] == {**place, **{f"test/{name}": summary[f"test_{name}"] for name in ("accuracy", "nll", "ece")}}
     assert [row["step"] for row in steps] == list(range(1, 9))
     assert [row["images_seen"] for row in steps] == [64, 128, 192, 200, 264, 328, 392, 400]
     assert [row["epoch"] for row in epochs] == [1, 2]
@@ -164,7 +167,7 @@ def test_wandb_offline_has_the_same_numbers_what_made_them_and_where_they_come_f
     assert children.run("distill", (*DISTIL, *extra), wandb_home) == 0
     records = {run: wandb_records(run) for run in (teacher, student)}
     scalars = wandb_scalars(records[student])
-    assert {key: value for key, value in scalars.items() if not key[1].startswith("test/")} == truth(student)
+    assert {key: value for key, value in scalars.items() if not key[1].startswith(MEDIA)} == truth(student)
 
     run = next(record.run for record in records[student] if record.WhichOneof("record_type") == "run")
     assert (run.project, run.run_group, run.job_type, run.display_name) == ("kd", "digits", "distill", "digits/kd")
@@ -238,7 +241,7 @@ def test_a_killed_run_goes_on_in_the_same_record_which_lacks_nothing(tmp_path, w
         written = wandb_scalars(wandb_records(run))
     else:
         written = tensorboard_scalars(run / "tensorboard") if name == "tensorboard" else trackio_scalars("kd")
-    written = {key: value for key, value in written.items() if not key[1].startswith("test/")}
+    written = {key: value for key, value in written.items() if not key[1].startswith(MEDIA)}
     expected = truth(run)
     if name == "trackio":  # it keeps what it had of the steps after the checkpoint, and so their clock's times
         written, expected = ({k: v for k, v in d.items() if k[1] not in TIMES} for d in (written, expected))
@@ -291,7 +294,7 @@ def test_wandb_is_one_run_of_two_processes_also_of_a_sweeps_trial_that_is_preemp
     (folder,) = (tmp_path / "run/wandb").glob("offline-run-*")
     assert folder.name.endswith(identity)
     written = wandb_scalars(wandb_records(tmp_path / "run"))
-    assert {key: value for key, value in written.items() if not key[1].startswith("test/")} == truth(tmp_path / "run")
+    assert {key: value for key, value in written.items() if not key[1].startswith(MEDIA)} == truth(tmp_path / "run")
     sync = [sys.executable, "-m", "wandb", "sync", "--dry-run", str(folder)]
     found = subprocess.run(sync, capture_output=True, text=True, env={**os.environ, **wandb_home})
     assert identity in found.stdout + found.stderr
