@@ -1,22 +1,44 @@
-"""List what can be tapped in a network: `python -m kd.models light_nn`, `python -m kd.models resnet18 --size 96`."""
+"""List the networks by their source, or what can be tapped in one of them, with shapes.
+
+python -m kd.models
+python -m kd.models light_nn
+python -m kd.models resnet50 --size 96 --model_args '{width_per_group: 32}'
+"""
 
 from __future__ import annotations
 
 import argparse
+import textwrap
 
-from kd.models import build_network
+import yaml
+
+from kd.models import build_network, torchvision_nets
+from kd.models.cifar import CIFAR_NETS
+from kd.models.small import SMALL_NETS
 from kd.models.taps import tap_shapes
-from kd.util.errors import UserError, run_script
+from kd.util.errors import CommandParser, UserError, run_script
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print each module's dotted name, kind and output shape (without the batch axis)."""
-    parser = argparse.ArgumentParser(prog="python -m kd.models", description=__doc__)
-    parser.add_argument("name", help="a network by name or import path")
+    """Print the names, or each module's dotted name, kind and output shape (without the batch axis)."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(prog="python -m kd.models", description=__doc__, formatter_class=form)
+    parser.add_argument("name", nargs="?", help="a network by name or import path; without it all names are listed")
     parser.add_argument("--size", type=int, help="side of the images in pixels; default the network's usual, or 224")
     parser.add_argument("--num_classes", type=int, default=10)
+    parser.add_argument("--model_args", default="{}", help="further arguments of the network, as {width: 2}")
     arguments = parser.parse_args(argv)
-    network = build_network(arguments.name, arguments.num_classes, trust=True)
+    if arguments.name is None:
+        sources = {"ours, small": SMALL_NETS, "ours, of the CIFAR-100 comparison": CIFAR_NETS}
+        for source, names in {**sources, "torchvision's": torchvision_nets.names()}.items():
+            print(f"{source}:")
+            print(textwrap.fill(", ".join(names), 100, initial_indent="  ", subsequent_indent="  "))
+        return 0
+    for flag in ("size", "num_classes"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value} must be 1 or more")
+    network = build_network(arguments.name, arguments.num_classes, _mapping(arguments.model_args), trust=True)
     size = arguments.size or getattr(network, "image_size", None) or getattr(network, "usual_size", 224)
     try:
         shapes = tap_shapes(network, (3, size, size))
@@ -28,6 +50,16 @@ def main(argv: list[str] | None = None) -> int:
     for name, shape in shapes.items():
         print(f"{name:{width}}  {type(modules[name]).__name__:18}  {'x'.join(map(str, shape))}")
     return 0
+
+
+def _mapping(text: str) -> dict:
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError:
+        given = None
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise UserError(f"--model_args {text!r} must be names and values, such as '{{width: 2}}'")
+    return given
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ def build_torchvision(name: str, num_classes: int, **arguments) -> nn.Module:
         arguments = {"aux_logits": False, "init_weights": True, **arguments}
     try:
         return builder(weights=None, num_classes=num_classes, **arguments)
-    except TypeError as error:
-        raise UserError(f"{name} does not take these arguments: {error}") from None
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, NotImplementedError) as error:  # of their values too
+        raise UserError(f"{name} does not take these arguments ({arguments}): {error}") from None
 
 
 def download_weights(entry) -> dict[str, torch.Tensor]:
