@@ -148,6 +148,9 @@ class Search:
     def _watch(self, trial: optuna.Trial, command: list[str], log: Path, epochs: int) -> tuple:
         """Run the command until it ends or its trial lags behind: the epoch of that or None, and the exit status."""
         known = set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+        held = self.folder / log.stem / ".lock"
+        if held.exists():  # the run of a worker that was killed saves its state still
+            FileLock(held).acquire().lock.release()
         with log.open("ab") as out:  # in a session of its own, where Ctrl-C reaches it through terminate() alone
             own = {"start_new_session": True, "preexec_fn": end_with_parent}
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, **own)

@@ -14,10 +14,13 @@ import sys
 import time
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 EPOCHS = 4
 
 
 def stop(*_) -> None:
+    time.sleep(1)  # it saves its state
     print("stopped by SIGTERM after step 1; the same command resumes it", flush=True)
     sys.exit(143)
 
@@ -26,6 +29,11 @@ def main(argv: list[str]) -> None:
     flags = dict(word[2:].split("=", 1) for word in argv if word.startswith("--"))
     folder, lr = Path(os.path.expandvars(flags["output_dir"])), float(flags["optimizer.lr"])
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        sys.exit("error: the folder is in use")
     if lr == 0.25:
         sys.exit("error: no such teacher")
     file = folder / "metrics.jsonl"

@@ -227,7 +227,7 @@ def test_a_worker_that_ends_leaves_its_trial_to_the_next(call, make, tmp_path, n
     first.send_signal(number)
     said = first.communicate(timeout=60)[0]
     assert first.returncode == (-9 if number == signal.SIGKILL else 143), said
-    wait_for(lambda: "stopped by SIGTERM" in (tmp_path / "trials/trial_0000.log").read_text())
+    assert number == signal.SIGKILL or "stopped by SIGTERM" in (tmp_path / "trials/trial_0000.log").read_text()
     assert states(tmp_path)[0] == "RUNNING"
     (tmp_path / "trials/go").touch()
     result = call(MODULE, file)
