@@ -1,4 +1,4 @@
-"""The terms an objective can be made of, by name. One file a paper."""
+"""The terms an objective can be made of, by name. One file per paper."""
 
 import inspect
 import sys

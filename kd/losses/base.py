@@ -38,10 +38,10 @@ class Loss(nn.Module):
 
     Under several processes `forward` sees this process's images, and the loop averages the processes' values by their
     images. A loss that compares images with each other takes `global_rows`, so that it sees the whole global batch,
-    and says so by `sees_batch`, so that it is not computed on micro-batches of it. A buffer that the loss itself keeps
+    and states that in `sees_batch`, so that it is not computed on micro-batches of it. A buffer that the loss itself keeps
     equal on all processes is named in `replicated`; any other is rank 0's.
 
-    A loss that takes each image to be of one class (and reads `batch.labels` as int64) says so by `hard_labels`.
+    A loss that takes each image to be of one class (and reads `batch.labels` as int64) states that in `hard_labels`.
     """
 
     needs_teacher = True
@@ -95,7 +95,7 @@ class LogitLoss(Loss):
         )
 
     def logits(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
-        """The student's and the teacher's logits (B, K), standardized if asked."""
+        """The student's and the teacher's logits (B, K), standardized if the loss is so configured."""
         pair = student.logits, teacher.logits
         return tuple(map(z_score, pair)) if self.standardize else pair
 

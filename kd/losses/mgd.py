@@ -32,7 +32,7 @@ class MGD(FeatureLoss):
     """Squared error of the teacher's map generated from the student's map, of which random places are masked.
 
     The paper masks positions; the authors' code for classification masks whole channels, with mask_ratio 0.15, and its
-    author says that positions are what the paper's study of the ratio has and channels are a bit better
+    author writes that positions are what the paper's study of the ratio has and channels are a bit better
     (https://github.com/yzd-v/MGD/issues/17). Both are here; by default the paper's.
 
     Differs from the paper: maps of unequal height and width are averaged to the smaller; the paper's are equal.

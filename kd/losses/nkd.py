@@ -37,7 +37,7 @@ class NKD(SoftenedLoss):
     """Soft cross entropy whose classes beside the label's are renormalised to sum 1 (Yang et al. 2023).
 
     With 2 classes the cross entropy of the label's class, weighted by the teacher's confidence in it, is what is left;
-    it still says something of the teacher, so it is not refused.
+    it still depends on the teacher, so it is not refused.
 
     Args:
         gamma: weight of the other classes' term.

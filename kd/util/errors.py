@@ -100,11 +100,11 @@ def _stop(number: int, _frame) -> None:
     raise _Stopped(number)
 
 
-def run_script(main: Callable[[], int | None], then: str = "the same command goes on from the last checkpoint") -> None:
+def run_script(main: Callable[[], int | None], then: str = "the same command resumes from the last checkpoint") -> None:
     """Run a script's `main` and turn what a user can cause into one line on stderr and an exit status.
 
     The status is `main`'s own (None is 0), 2 for a UserError, 1 for a full or broken disk, 128 + the signal's number
-    when a signal ended it (130 for Ctrl-C); `then` is what is said after that.
+    when a signal ended it (130 for Ctrl-C); `then` is the rest of that line.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _stop)
@@ -146,7 +146,7 @@ def _lost_worker(error: RuntimeError) -> str | None:
         return None
     return (
         "a process that decodes images was killed, mostly for lack of memory or, in a container, of shared memory; "
-        "lower data.num_workers or data.batch_size; the same command goes on from the last checkpoint"
+        "lower data.num_workers or data.batch_size; the same command resumes from the last checkpoint"
     )
 
 

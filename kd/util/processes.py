@@ -119,7 +119,7 @@ class _RollCall(threading.Thread):
     def __init__(self, timed_out: bool, patience: float):
         super().__init__(daemon=True)
         self.timed_out, self.patience, self.rank = timed_out, patience, dist.get_rank()
-        # Without a launcher the first process keeps the store, and may not answer; the next one says it then.
+        # Without a launcher the first process keeps the store, and may not answer; the next one tells it then.
         self.missing, self.speaks = [0], self.rank == 1 and not _roll_is_called.is_set()
 
     def run(self) -> None:

@@ -132,7 +132,7 @@ def test_a_signal_that_is_sent_again_and_again_changes_nothing(tmp_path, after):
         out, err = process.communicate()
     assert process.returncode == 128 + signal.SIGUSR1, err
     assert "Traceback" not in err
-    said = "stopped by SIGUSR1 after step" if after else "stopped by SIGUSR1; the same command goes on"
+    said = "stopped by SIGUSR1 after step" if after else "stopped by SIGUSR1; the same command resumes"
     assert said in out + err
 
 
