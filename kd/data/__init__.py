@@ -25,7 +25,7 @@ from kd.util.mapped import announce, is_large
 
 
 def default_cache_dir() -> Path:
-    """Where stores and downloads go unless data.cache_dir says otherwise: $KD_CACHE, else ~/.cache/kd."""
+    """Where stores and downloads go unless data.cache_dir names another place: $KD_CACHE, else ~/.cache/kd."""
     return Path(os.environ.get("KD_CACHE", "~/.cache/kd")).expanduser()
 
 
@@ -175,7 +175,7 @@ def load_data(config, download: bool = True, size: tuple[int, int] | None = None
         size: (H, W) that all images are brought to, as `Classifier.predict` does with files.
 
     Raises:
-        UserError: the source cannot be read, has one class, or is too small for what is asked.
+        UserError: the source cannot be read, has one class, or is too small for the splits.
     """
     cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
     download_dir = Path(config.download_dir).expanduser() if config.download_dir else cache_dir / "downloads"

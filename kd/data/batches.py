@@ -99,8 +99,8 @@ class TrainBatches:
         A process whose part is empty (the last batch has fewer images than there are processes) gets the batch's first
         image with weight 0, since every process must take part in the step.
 
-        The images of what a loop asks for next (micro-batches from the last to the first, then the next step) are
-        prepared meanwhile; any other may be asked for.
+        The images that a loop needs next (micro-batches from the last to the first, then the next step) are
+        prefetched; any others may be read too.
         """
         if (step, micro, device) != self._coming:
             self._parts = deque()
@@ -120,7 +120,7 @@ class TrainBatches:
         return Batch(images, labels, index, keys, epoch, part.counts, part.whole, part.lookup), part.weight
 
     def close(self) -> None:
-        """End what prepares images that nobody will ask for."""
+        """End the prefetching."""
         self._coming = self._images = None
 
     def _size(self, step: int) -> int:
@@ -174,7 +174,7 @@ class TrainBatches:
         return _Part(own, where, lookup, counts, num_micro == 1, weight)
 
     def _after(self, step: int, micro: int) -> tuple[int, int]:
-        """Which micro-batch of which step a loop asks for after this one."""
+        """Which micro-batch of which step a loop needs after this one."""
         return (step, micro - 1) if micro else (step + 1, self.num_micro(step + 1) - 1)
 
     def _wheres(self, step: int, micro: int, parts: deque) -> Iterator[np.ndarray]:

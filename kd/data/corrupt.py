@@ -71,7 +71,7 @@ def _corrupt(images: Tensor, index: Tensor, name: str, strength: float) -> Tenso
 
 
 def _blur_matrix(length: int, sigma: float) -> Tensor:
-    """The matrix (length, length) that blurs a row of pixels; beyond the edge the last pixel goes on."""
+    """The matrix (length, length) that blurs a row of pixels; beyond the edge the last pixel is repeated."""
     radius = int(4 * sigma + 0.5)
     offsets = torch.arange(-radius, radius + 1)
     weights = (-0.5 * (offsets.double() / sigma) ** 2).exp()

@@ -31,7 +31,7 @@ NAMED = {
 
 @dataclass
 class Source:
-    """A set of images: its splits are read only when they are asked for.
+    """A set of images: its splits are read only by `open`.
 
     open: gives the class names and the raw splits, by names among train, val, test; may be slow.
     fingerprint: changes when the images may have changed; None when they are not on this disk yet.

@@ -25,7 +25,7 @@ AHEAD = 2  # results that are made ahead and held, of each worker or of the thre
 
 @dataclass
 class Encoded:
-    """Images that are decoded whenever they are asked for; reads like a uint8 array (N, C, H, W).
+    """Images that are decoded at each read; indexed like a uint8 array (N, C, H, W).
 
     Args:
         raw: where they come from.

@@ -38,10 +38,10 @@ class Loss(nn.Module):
 
     Under several processes `forward` sees this process's images, and the loop averages the processes' values by their
     images. A loss that compares images with each other takes `global_rows`, so that it sees the whole global batch,
-    and states that in `sees_batch`, so that it is not computed on micro-batches of it. A buffer that the loss itself keeps
+    with `sees_batch` true, so that it is not computed on micro-batches of it. A buffer that the loss itself keeps
     equal on all processes is named in `replicated`; any other is rank 0's.
 
-    A loss that takes each image to be of one class (and reads `batch.labels` as int64) states that in `hard_labels`.
+    A loss that takes each image to be of one class (and reads `batch.labels` as int64) has `hard_labels` true.
     """
 
     needs_teacher = True

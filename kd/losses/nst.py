@@ -1,6 +1,6 @@
 """Knowledge Distill via Neuron Selectivity Transfer. Huang, Wang. 2017. https://arxiv.org/abs/1707.01219
 
-A channel's map, scaled to unit length, shows where the channel is active. The maps of an image's channels are samples of
+A channel's map, scaled to unit length, is where the channel is active. The maps of an image's channels are samples of
 a distribution; the student's distribution approaches the teacher's in maximum mean discrepancy, with the polynomial
 kernel k(x, y) = (x . y)^2 (section 4).
 """

@@ -208,7 +208,7 @@ def build_classifier(
     weights: str | None = None,
     freeze_backbone: bool = False,
 ) -> Classifier:
-    """A network with its first weights, its head sized for the classes, its backbone frozen if asked.
+    """A network with its first weights, its head sized for the classes, its backbone frozen with `freeze_backbone`.
 
     Args:
         name: as `build_network` takes it; the user's own word, so an import path is run.
@@ -286,7 +286,7 @@ def load_classifier(run: str | Path, device: str | torch.device = "cpu", trust: 
     config_file, weights_file = folder / "config.json", folder / "model.safetensors"
     if not config_file.is_file() or not weights_file.is_file():
         known = (folder / "config.yaml").is_file()
-        what = "is not finished; run its command again to go on" if known else "is no run folder (no config.json)"
+        what = "is not finished; run its command again to resume it" if known else "is no run folder (no config.json)"
         raise UserError(f"run {str(run)!r} {what}")
     try:
         config = json.loads(config_file.read_text())

@@ -1,6 +1,6 @@
 """Dropout whose mask is a function of the image and the step, not of a generator's state.
 
-So a run that was killed goes on with the masks it would have had, and two processes that share a batch draw the masks
+So a run that was killed resumes with the masks it would have had, and two processes that share a batch draw the masks
 that one process would have drawn.
 """
 
@@ -14,7 +14,7 @@ from kd import keyed
 
 
 class KeyedDropout(nn.Dropout):
-    """`nn.Dropout` (Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html) with a key an image.
+    """`nn.Dropout` (Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html) with one key per image.
 
     Without keys (outside the training loop) it is the ordinary dropout.
     """

@@ -17,7 +17,7 @@ NOT_OWN = {"torch", "torchvision", *sys.stdlib_module_names}
 
 
 def import_builder(path: str, trust: bool) -> Callable[..., nn.Module]:
-    """The class or function of the user's own that an import path names; says which file is run, when it first is.
+    """The class or function of the user's own that an import path names; prints the file when it is first run.
 
     Args:
         path: such as `my_package.MyNet`.

@@ -56,7 +56,7 @@ def download_weights(entry) -> dict[str, torch.Tensor]:
     """The state dict of a weights entry, from torch's cache or the network.
 
     Raises:
-        UserError: it is not there and cannot be downloaded; says which file goes where.
+        UserError: it is not there and cannot be downloaded; the message names the file and its place.
     """
     file = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(entry.url)
     try:

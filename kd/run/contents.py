@@ -45,5 +45,5 @@ def read_summary(folder: Path) -> dict:
     """
     file = folder / "summary.json"
     if not file.is_file():
-        raise UserError(f"run {str(folder)!r} is not finished (no summary.json); run its command again to go on")
+        raise UserError(f"run {str(folder)!r} is not finished (no summary.json); run its command again to resume it")
     return read_json(file)

@@ -232,7 +232,7 @@ def test_a_number_of_views_makes_a_table_possible(distil, tmp_path, more):  # no
     )
     assert not made
     live, _ = distil("live", *views, "--data.views_per_image", 2, "--precompute", "never")
-    assert "; 2 of them an image, in turn" in live.out
+    assert "; 2 of them per image, in turn" in live.out
     table, made = distil("table", *views, "--data.views_per_image", 2)
     assert "asked once for each view (2 views of 150 images" in table.out
     assert len(made) == 1

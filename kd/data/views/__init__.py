@@ -147,4 +147,4 @@ class Views:
         ]
         if not self.views_per_image:
             return ", ".join(parts) or "as stored"
-        return f"{', '.join(parts)}; {self.views_per_image} of them an image, in turn"
+        return f"{', '.join(parts)}; {self.views_per_image} of them per image, in turn"

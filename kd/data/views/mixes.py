@@ -26,7 +26,7 @@ def draw_mixes(keys: Tensor, size: tuple[int, int], mixup: float, cutmix: float)
     """The own share of each mixed image, float64 (B,), and the rectangle int64 (B, 4) that the other one fills.
 
     The share is drawn from Beta(alpha, alpha). An image under mixup has an empty rectangle; one under CutMix has the
-    share that the rectangle leaves. Where both are asked for, each has half of the images.
+    share that the rectangle leaves. Where both are set, each has half of the images.
 
     Args:
         size: (H, W) of the images.
