@@ -268,7 +268,7 @@ class TrainConfig:
         mixing = " and ".join(f"data.{name}" for name in ("mixup", "cutmix") if getattr(self.data, name))
         _require(
             not (mixing and hard),
-            f"{mixing} gives images labels of two classes, and {', '.join(hard)} needs one class an image; set it to "
+            f"{mixing} gives images labels of two classes, and {', '.join(hard)} needs one class per image; set it to "
             "0, or leave out the loss",
         )
         _require(self.output_dir != "", "output_dir is empty; name a folder")

@@ -306,7 +306,7 @@ def test_cross_entropy_takes_mixed_labels_as_the_mixture_of_two():
 
 
 def test_losses_that_read_labels_say_which_labels_they_take():
-    """Every loss that reads labels either takes shares of classes or says that it needs one class an image."""
+    """Every loss that reads labels either takes shares of classes or says that it needs one class per image."""
     import inspect
 
     reading = {name for name, loss in LOSSES.items() if "batch.labels" in inspect.getsource(loss)}
@@ -398,7 +398,7 @@ def test_a_loss_of_one_class_an_image_refuses_mixed_images(call, loss):
     arguments = {"student_tap": "a", "teacher_tap": "b"} if loss == "CRD" else {}
     losses = [{"class_path": loss, "init_args": arguments}]
     result = call("distill", "--teacher", "x", "--data.cutmix", 1, "--losses", str(losses))
-    assert_one_line(result, "data.cutmix", loss, "needs one class an image")
+    assert_one_line(result, "data.cutmix", loss, "needs one class per image")
 
 
 @pytest.mark.parametrize(
@@ -407,8 +407,8 @@ def test_a_loss_of_one_class_an_image_refuses_mixed_images(call, loss):
         (("--data.pad_crop", 4, "--data.random_resized_crop", 0.2), ("pad_crop", "random_resized_crop")),
         (("--data.color_jitter", "[0.4, 0.4]"), ("color_jitter", "four numbers")),
         (("--data.color_jitter", "[0, 0, 0, 0.6]"), ("color_jitter", "0.5")),
-        (("--data.random_erasing", 1.5), ("random_erasing 1.5", "from 0 to 1")),
-        (("--data.mixup", -1), ("mixup -1", "0 or more")),
+        (("--data.random_erasing", 1.5), ("random_erasing 1.5", "at most 1")),
+        (("--data.mixup", -1), ("mixup -1", "at least 0")),
         (("--data.views_per_image", 3), ("views_per_image 3", "no random view")),
     ],
 )
