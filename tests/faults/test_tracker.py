@@ -198,7 +198,7 @@ def test_the_server_vanishes_while_a_run_is_online(tmp_path):
     code = f"import test_tracker, train_teacher; test_tracker.Vanishes({server.url!r}, 90)()\n"
     code += "from kd.util.errors import run_script; run_script(train_teacher.main)"
     command = [sys.executable, "-c", code, *map(str, SMALL), "--report_to", "wandb", "--output_dir", str(run)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/faults")])
+    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "tests", "tests/faults", "tests/train"))
     with (tmp_path / "said").open("w") as output:
         status = subprocess.run(
             command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, stdout=output, stderr=output, timeout=300
