@@ -9,7 +9,7 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml --num_cpu_threads_per_process $(CORES)
 RUNS := runs/digits
 
-# Without byte code each start of Python compiles torch anew, which takes longer than the demo.
+# Without byte code each start of Python compiles torch again, which takes longer than the demo.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo cifar10 benchmark test test-slurm soak quick golden lint clean
@@ -30,7 +30,7 @@ demo: $(VENV)/.installed
 	@echo "the report is $(RUNS)/report/index.html, a page for a browser"
 
 # The CIFAR-10 tutorial: both teachers, both students alone, the four distilled ones, the comparison. DATA names a source;
-# SEEDS="42 43 44" runs all of it three times, and the comparison has means and spreads. Started again it goes on.
+# SEEDS="42 43 44" runs all of it three times, and the comparison has means and spreads. Started again it resumes.
 DATA ?= cifar10
 SEEDS ?= 42
 CIFAR10 := teacher teacher_nodropout student student_nodropout kd kd_t10 cosine regressor

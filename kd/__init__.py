@@ -32,8 +32,8 @@ def runs(folder):
     """The runs in a folder and below it, finished or not.
 
     Returns:
-        A list of `kd.measure.records.Record`, which also has `frame()` and `curves()`, pandas DataFrames of one row a
-        run and of one row a logged number. `kd.plots` draws them.
+        A list of `kd.measure.records.Record`, which also has `frame()` and `curves()`, pandas DataFrames of one row
+        per run and of one row per logged number. `kd.plots` draws them.
 
     Raises:
         kd.util.errors.UserError: there is no such folder.
