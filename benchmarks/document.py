@@ -133,7 +133,8 @@ def kernels(entries: dict) -> str:
         rows = [[f"`{row['name']}`", f"{row['percent']:.1f}"] for row in entry["largest"]]
         what = f"`{entry['student']}` at {entry['image_size']} and batch {entry['batch_size']}"
         took = (
-            f"{entry['ms_per_step']:.1f} ms per step under the profiler, {entry['kernel_percent']:.1f} % of it in kernels"
+            f"{entry['ms_per_step']:.1f} ms per step under the profiler, "
+            f"{entry['kernel_percent']:.1f} % of it in kernels"
         )
         parts.append(f"{what}: {took}. {hardware(entry)}\n\n{table(['operation', '% of the step'], rows)}")
         rows = [[name, f"{milliseconds:.2f}"] for name, milliseconds in entry["parts"].items()]
