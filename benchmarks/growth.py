@@ -8,7 +8,7 @@
 Each row is one `distill.py` run of light_nn on random images, in a process of its own: milliseconds a step (the median
 of its log intervals but the first), seconds from the start of the script to the first step, once with nothing made
 before (images decoded, the teacher's table computed) and once with everything found, and the second's peak of resident
-memory. The teacher's forward runs at each step in the axes teachers and taps, where its own cost is the question, and has
+memory. The teacher runs at each step in the axes teachers and taps, where its own cost is the question, and has
 a table in the others. Rows of an axis are measured in turns, so that other work on the machine falls on all of them.
 
 memory: within a limit on memory a set is decoded, a table of a teacher's features of all its images is made and trained
