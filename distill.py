@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     from kd.train.conclude import conclude  # --help and --print_config need none of these
     from kd.train.distiller import Distiller
     from kd.train.fit import fit
+    from kd.train.inputs import remember
     from kd.train.setup import announce, build_student, choose_batch_norm, compile_step, make_accelerator, open_run
 
     accelerator = make_accelerator(config)
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
             say(f"note: the teacher {line}")
         student = build_student(data, config, teacher)
         distiller = Distiller(student, config.losses, teacher, data.image_shape, data.train_labels, config.seed)
+        remember(run, config, data)
         announce(distiller, data, config, accelerator)
         choose_batch_norm(distiller, config, accelerator)
         compile_step(distiller, config, accelerator)

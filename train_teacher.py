@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     from kd.train.conclude import conclude  # --help and --print_config need none of these
     from kd.train.distiller import Distiller
     from kd.train.fit import fit
+    from kd.train.inputs import remember
     from kd.train.setup import announce, build_trained, choose_batch_norm, compile_step, make_accelerator, open_run
 
     accelerator = make_accelerator(config)
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         data = load_data(config.data)
         network = build_trained(config.model, data, config)
         distiller = Distiller(network, config.losses)
+        remember(run, config, data)
         announce(distiller, data, config, accelerator)
         choose_batch_norm(distiller, config, accelerator)
         compile_step(distiller, config, accelerator)

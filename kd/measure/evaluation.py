@@ -14,15 +14,16 @@ from torch import Tensor
 
 from kd.data import CorruptedSplit, Data, Split, load_data
 from kd.data.corrupt import SEVERITIES, STRENGTHS
+from kd.data.identity import changes, identity
 from kd.measure import cost, metrics
 from kd.measure.compare import experiment
 from kd.measure.predict import predict, similarity
 from kd.measure.records import config_of
 from kd.models import Classifier, load_classifier
 from kd.run.config import EvaluateConfig
-from kd.run.contents import read_summary
-from kd.run.parse import read_yaml
+from kd.run.contents import read_config, read_summary
 from kd.run.recorded import recorded_data
+from kd.run.weights import weights_of
 from kd.teachers import load_teacher, other_sizes
 from kd.util.errors import UserError
 from kd.util.machine import device_name, versions
@@ -60,6 +61,7 @@ class Evaluator:
     def __init__(self, config: EvaluateConfig, accelerator):
         self.config, self.accelerator = config, accelerator
         self._data: dict[str, Data] = {}
+        self._identities: dict[str, dict] = {}
         self._logits: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def open(self, run: str) -> tuple[Classifier, dict, dict, str, Data, Split]:
@@ -70,14 +72,19 @@ class Evaluator:
         """
         folder = Path(run)
         classifier = load_classifier(folder, self.accelerator.device, self.config.trust_code)
-        summary, resolved = read_summary(folder), read_yaml(folder / "config.yaml")
-        if not isinstance(resolved.get("data"), dict) or not {"seed", "seconds"} <= summary.keys():
-            raise UserError(f"run {run!r} is damaged: config.yaml or summary.json lacks fields; train it again")
+        summary, resolved = read_summary(folder), read_config(folder)
         key, data = self._load(resolved["data"], run, classifier.preprocess.view.source_size)
         _match(classifier, data, run)
         split = getattr(data, self.config.split)
         if split is None:
             raise UserError(f"run {run!r} was trained without a validation split; use --split test")
+        other, _ = self._changes(summary, key, data)
+        if self.config.split in other:
+            raise UserError(
+                f"run {run!r}: the {self.config.split} split differs from that of training "
+                f"({other[self.config.split]}); put {resolved['data']['source']} back as it was, or give images that "
+                f"the run has not seen by --source"
+            )
         return classifier, summary, resolved, key, data, split
 
     def measure(self, run: str) -> Measured:
@@ -110,8 +117,10 @@ class Evaluator:
             "experiment": experiment(resolved, config_of),
         }
         row["images"] = _identity(row, data.classes, view)
-        measured = Measured(run, row, logits, labels, view)
-        if data.val is not None and not self.config.source:
+        other, words = self._changes(summary, key, data)
+        words += [f"the {split} split differs from that of training ({why})" for split, why in other.items()]
+        measured = Measured(run, row, logits, labels, view, [f"{run}: {word}" for word in words])
+        if data.val is not None and not self.config.source and "val" not in other:
             _scale(measured, *self._ask(classifier, data, data.val))
         if self.config.latency and self.accelerator.is_main_process:
             row["speed"] = [cost.speed(classifier, data.image_shape, size) for size in BATCH_SIZES]
@@ -121,6 +130,16 @@ class Evaluator:
         if row["teacher"]:
             self._compare(measured, classifier, key, data, view)
         return measured
+
+    def _changes(self, summary: dict, key: str, data: Data) -> tuple[dict[str, str], list[str]]:
+        """How the data differ from what the run was trained on, as `kd.data.identity.changes` gives it."""
+        if self.config.source:
+            return {}, []
+        if not (before := (summary.get("inputs") or {}).get("data")):
+            return {}, ["it was trained by an earlier version and does not say on which data; it is not compared"]
+        if key not in self._identities:
+            self._identities[key] = identity(data)
+        return changes(before, self._identities[key])
 
     def _view(self, split: Split) -> Split:
         """The split, corrupted if one corruption is asked for."""
@@ -173,6 +192,11 @@ class Evaluator:
             teacher = load_teacher(names, data.classes, mean, self.accelerator.device, self.config.trust_code)
         except UserError as error:
             measured.notes.append(f"{label} cannot be compared with: {error}")
+            return
+        taught = (read_summary(Path(measured.name)).get("inputs") or {}).get("weights", {})
+        known = weights_of(row["config"])
+        if replaced := [name for name, digest in known.items() if taught.get(name, digest) != digest]:
+            measured.notes.append(f"{label} cannot be compared with: {', '.join(replaced)} has other weights by now")
             return
         measured.notes += [f"{measured.name}: its teacher {line}" for line in other_sizes(teacher, data.image_shape)]
         name = (str(Path(names[0]).resolve()), key) if len(names) == 1 else (f"{'+'.join(names)} {mean}", key)

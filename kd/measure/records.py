@@ -8,8 +8,7 @@ import os
 from pathlib import Path
 
 from kd.measure.compare import experiment
-from kd.run.contents import read_summary
-from kd.run.parse import read_yaml
+from kd.run.contents import read_config, read_summary
 from kd.util.errors import UserError, say
 
 _CONFIG = ("seed", "teacher", "epochs", "max_steps", "select", "freeze_backbone", "init_from", "mixed_precision")
@@ -31,9 +30,7 @@ class Record:
 
     def __init__(self, folder: str | os.PathLike):
         self.name, self.folder = str(folder), Path(folder)
-        self.config = read_yaml(self.folder / "config.yaml")
-        if not isinstance(self.config.get("data"), dict) or "output_dir" not in self.config:
-            raise UserError(f"{self.folder / 'config.yaml'} is no run's config: it lacks data or output_dir")
+        self.config = read_config(self.folder)
         self.summary = read_summary(self.folder) if (self.folder / "summary.json").is_file() else None
 
     @functools.cached_property
@@ -163,7 +160,7 @@ def objective(losses: list[dict]) -> str:
 def config_of(run: str) -> dict | None:
     """A run folder's resolved config, None where there is none."""
     try:
-        return read_yaml(Path(run) / "config.yaml")
+        return read_config(Path(run))
     except UserError:
         return None
 

@@ -26,6 +26,7 @@ from kd.models.reused_head import ReusedHead, reuse_head
 from kd.models.small import SMALL_NETS
 from kd.models.taps import Taps
 from kd.outputs import Outputs
+from kd.run.contents import read_network
 from kd.util.errors import UserError, unknown
 
 __all__ = [
@@ -288,8 +289,8 @@ def load_classifier(run: str | Path, device: str | torch.device = "cpu", trust: 
         known = (folder / "config.yaml").is_file()
         what = "is not finished; run its command again to resume it" if known else "is no run folder (no config.json)"
         raise UserError(f"run {str(run)!r} {what}")
+    config = read_network(folder)
     try:
-        config = json.loads(config_file.read_text())
         weights = weights_file.read_bytes()
         if hashlib.sha256(weights).hexdigest() != config["sha256"]:
             raise ValueError("model.safetensors does not have the checksum that config.json states")

@@ -1,27 +1,57 @@
-"""What the files of a run folder say, checked: typed content or one line that names the file and what is wrong."""
+"""What the files of a run folder hold, checked: content of known types, or one line that names the file and the fault.
+
+The tables below say what is read from each file: `name` or, where it may be absent, `name?`, and its type: a type, a
+tuple of alternatives, [type] for a list, {str: type} for any names, Any. Other fields are let through.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from kd.run.parse import read_yaml
+from kd.run.yaml_files import read_yaml
 from kd.util.errors import UserError
 
-
-def read_json(file: Path) -> dict:
-    """A JSON file's fields.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"run {str(file.parent)!r} is damaged: {file.name}: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"run {str(file.parent)!r} is damaged: {file.name} holds no fields but {str(content)[:60]!r}")
-    return content
+_OPTIONAL_STRING, _OPTIONAL_INT = (str, None), (int, None)
+_ARGUMENTS = {
+    "weight?": float,
+    "temperature?": float,
+    **dict.fromkeys(("student_tap?", "teacher_tap?"), str),
+    "student_taps?": [str],
+    "teacher_taps?": [str],
+}
+_CONFIG = {
+    "data": {"source": str, "num_train?": _OPTIONAL_INT},  # the rest is checked by `kd.run.recorded`
+    "losses": [{"class_path": str, "init_args?": (_ARGUMENTS, None)}],
+    "epochs": int,
+    "output_dir": str,
+    "seed?": int,
+    "model?": _OPTIONAL_STRING,
+    "student?": _OPTIONAL_STRING,
+    "model_args?": ({str: Any}, None),
+    "teacher?": (str, [str], None),
+    "teacher_mean?": str,
+    "init_from?": _OPTIONAL_STRING,
+    "weights?": _OPTIONAL_STRING,
+    "max_steps?": _OPTIONAL_INT,
+    "optimizer?": {"name?": str, "lr?": float},
+}
+_SPLIT = {"images": int, **dict.fromkeys(("split", "pixels", "looks"), str), "files": _OPTIONAL_STRING}
+_INPUTS = {"overwrote?": bool, "data?": {str: _SPLIT}, "weights?": {str: str}}
+_SUMMARY = {
+    "test_accuracy": float,
+    "val_accuracy": (float, None),
+    **dict.fromkeys(("num_params", "multiply_adds", "seed"), int),
+    "seconds": float,
+    "images": {"test": int},
+    **dict.fromkeys(("test_nll?", "test_ece?"), float),
+    **dict.fromkeys(("bytes?", "steps?"), int),
+    "device?": str,
+    "versions?": {str: _OPTIONAL_STRING},
+    "inputs?": (_INPUTS, None),
+}
+_NETWORK = {"model": str, "model_args": {str: Any}, "classes": [str], "preprocess": {str: Any}, "sha256": str}
 
 
 def read_config(folder: Path) -> dict:
@@ -32,8 +62,8 @@ def read_config(folder: Path) -> dict:
     """
     file = folder / "config.yaml"
     content = read_yaml(file)
-    if not isinstance(content.get("data"), dict) or not {"output_dir", "losses", "epochs"} <= content.keys():
-        raise UserError(f"{file} is no run's config: it lacks data, losses, epochs or output_dir")
+    if wrong := _wrong(content, _CONFIG):
+        raise UserError(f"{file} is no run's config: {wrong}")
     return content
 
 
@@ -43,7 +73,81 @@ def read_summary(folder: Path) -> dict:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    file = folder / "summary.json"
-    if not file.is_file():
+    if not (folder / "summary.json").is_file():
         raise UserError(f"run {str(folder)!r} is not finished (no summary.json); run its command again to resume it")
-    return read_json(file)
+    return _read(folder / "summary.json", _SUMMARY)
+
+
+def read_network(folder: Path) -> dict:
+    """What a run's config.json says of its network.
+
+    Raises:
+        UserError: it is not there or damaged.
+    """
+    return _read(folder / "config.json", _NETWORK)
+
+
+def read_inputs(folder: Path) -> dict | None:
+    """What a run learns from; None where it does not say.
+
+    Returns:
+        `overwrote`, whether it began in place of another; `data` by split, see `kd.data.identity`; `weights`, a sha256
+        by run folder.
+
+    Raises:
+        UserError: its inputs.json is damaged.
+    """
+    return _read(folder / "inputs.json", _INPUTS) if (folder / "inputs.json").is_file() else None
+
+
+def read_choices(folder: Path) -> dict[str, str]:
+    """What a run chose by itself when it began, see `kd.run.folder.Run.settle`.
+
+    Raises:
+        UserError: its .choices.json is damaged.
+    """
+    return _read(folder / ".choices.json", {str: str}) if (folder / ".choices.json").is_file() else {}
+
+
+def _read(file: Path, kind: dict) -> dict:
+    try:
+        content = json.loads(file.read_bytes())
+        wrong = _wrong(content, kind)
+    except (OSError, ValueError, RecursionError) as error:
+        wrong = str(error)
+    if wrong:
+        raise UserError(
+            f"run {str(file.parent)!r} is damaged: {file.name}: {wrong}; train it again with --overwrite true"
+        )
+    return content
+
+
+def _wrong(value: object, kind, name: str = "it") -> str:
+    """Why a plain value is not what a table says; empty if it is."""
+    if isinstance(kind, tuple):
+        reasons = [_wrong(value, each, name) for each in kind]
+        return reasons[0] if all(reasons) else ""
+    if isinstance(kind, dict):
+        return _wrong_mapping(value, kind, name) if isinstance(value, dict) else f"{name} is {value!r:.60}, no mapping"
+    if isinstance(kind, list):
+        if not isinstance(value, list):
+            return f"{name} is {value!r:.60}, no list"
+        return next(filter(None, (_wrong(each, kind[0], f"an entry of {name}") for each in value)), "")
+    if kind is Any or (kind is None and value is None):
+        return ""
+    known = (float, int) if kind is float else kind or ()
+    if isinstance(value, known) and isinstance(value, bool) == (kind is bool):
+        return ""
+    return f"{name} is {value!r:.60}, not of type {kind.__name__ if kind else 'null'}"
+
+
+def _wrong_mapping(value: dict, kind: dict, name: str) -> str:
+    if str in kind:
+        names = (_wrong(key, str, f"a name in {name}") for key in value)
+        return next(filter(None, (*names, *(_wrong(each, kind[str], key) for key, each in value.items()))), "")
+    for key, each in kind.items():
+        required, key = not key.endswith("?"), key.removesuffix("?")
+        reason = _wrong(value[key], each, key) if key in value else f"{name} lacks {key}" if required else ""
+        if reason:
+            return reason
+    return ""

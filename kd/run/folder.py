@@ -1,7 +1,7 @@
 """A run folder: who may write in it, whether it goes on, and what it holds at the end.
 
 config.yaml         all that is needed to run again
-inputs.json         how it began
+inputs.json         what it learns from: hashes of the data's splits and of others' weights
 model.safetensors   the network's weights
 config.json         what is needed to load the network: its name, classes, preprocessing, the weights' checksum
 metrics.jsonl       one line a log interval and one an epoch
@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-from kd.run.contents import read_config, read_json
+from kd.run.contents import read_choices, read_config, read_inputs
 from kd.run.parse import differing_fields
 from kd.util.errors import UserError, say
 from kd.util.files import delete, write_atomic
@@ -69,6 +69,10 @@ class Run:
         overwrite: delete an earlier run's files first.
         is_main: whether this process writes.
 
+    Attributes:
+        inputs: what `begin` writes down of what the run learns from; before that, of a run that resumes what it wrote
+            when it began, {} if that was an earlier version. On the main process.
+
     Raises:
         UserError: another live run holds the folder, it holds something else than a run, or a run of another config.
     """
@@ -77,6 +81,7 @@ class Run:
         self.folder, self.config, self.overwrite, self.is_main = Path(folder), config, overwrite, is_main
         self._lock = None
         self._begun = False
+        self.inputs: dict | None = None
         self._settled: dict[str, str] = {}
         if is_main:
             if overwrite:
@@ -134,6 +139,9 @@ class Run:
                     f"name a new folder"
                 )
             return
+        self.inputs = read_inputs(self.folder)
+        if self.inputs is None and (self.folder / "checkpoints").is_dir():
+            self.inputs = {}  # an earlier version wrote none
         differing = differing_fields(read_config(self.folder), self.config)
         if differing and not self.overwrite:
             raise UserError(
@@ -141,13 +149,11 @@ class Run:
                 f"{'; '.join(differing)}; name another output_dir, or pass --overwrite true to delete it"
             )
         finished = (self.folder / "summary.json").is_file()
-        if self.overwrite and not differing and not finished and self._inputs().get("overwrote"):
+        if self.overwrite and not differing and not finished and (self.inputs or {}).get("overwrote"):
             self.overwrite = False  # a job that was killed is started again with the command that began it
             say(f"{self.folder} holds what this command began with --overwrite true: it is not deleted again")
-
-    def _inputs(self) -> dict:
-        file = self.folder / "inputs.json"
-        return read_json(file) if file.is_file() else {}
+        if self.overwrite:
+            self.inputs = None
 
     def begin(self) -> None:
         """Delete an earlier run if asked to, and write the config: called when nothing is left that a user could have
@@ -156,16 +162,18 @@ class Run:
         if not self.is_main:
             return
         if self.overwrite:
-            delete(self.folder / "inputs.json", self.folder)  # first: what is deleted in part is not gone on with
+            delete(self.folder / "inputs.json", self.folder)  # first: what is deleted in part is not resumed
             for path in self._own():
                 delete(path, self.folder)
             for name in _FOLDERS:
                 with suppress(OSError):  # it holds something of the user's, or is not there
                     (self.folder / name).rmdir()
-        if self.overwrite or not (self.folder / "config.yaml").is_file():
+        new = self.overwrite or not (self.folder / "config.yaml").is_file()
+        if new:
             write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
-            inputs = {"overwrote": self.overwrite}
-            write_atomic(self.folder / "inputs.json", (json.dumps(inputs, indent=2) + "\n").encode())
+        if new or not ((self.folder / "inputs.json").is_file() or (self.folder / "checkpoints").is_dir()):
+            self.inputs = {"overwrote": self.overwrite, **(self.inputs or {})}
+            write_atomic(self.folder / "inputs.json", (json.dumps(self.inputs, indent=2) + "\n").encode())
 
     def _own(self) -> Iterator[Path]:
         """What an earlier run wrote, its config aside: until that is replaced, it says that the folder is a run's."""
@@ -192,14 +200,13 @@ class Run:
 
         The main process chooses and writes it down; the others ask when it has.
         """
-        file = self.folder / ".choices.json"
         if not self.is_main:
-            return read_json(file)[name]
+            return read_choices(self.folder)[name]
         if name not in self._settled:
-            begun = (self.folder / "config.yaml").is_file() and file.is_file() and not self.overwrite
-            known = read_json(file) if begun else {}
+            begun = (self.folder / "config.yaml").is_file() and not self.overwrite
+            known = read_choices(self.folder) if begun else {}
             self._settled[name] = known[name] if name in known else choose()
-            write_atomic(file, json.dumps({**known, **self._settled}).encode())
+            write_atomic(self.folder / ".choices.json", json.dumps({**known, **self._settled}).encode())
         return self._settled[name]
 
     @property
@@ -211,11 +218,12 @@ class Run:
         return done
 
     def finish(self, files: dict[str, bytes], summary: dict) -> None:
-        """Write the network's files and then, as the mark that all is done, the summary."""
+        """Write the network's files and then, as the mark that all is done, the summary, with what it learned from."""
         self.require()
         if self.is_main:
             for name, content in files.items():
                 write_atomic(self.folder / name, content)
+            summary = {**summary, "inputs": self.inputs}
             write_atomic(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
             say(f"wrote {self.folder}/: {', '.join(sorted(p.name for p in self.folder.iterdir() if p.name[0] != '.'))}")
 

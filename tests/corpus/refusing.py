@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,36 @@ def refused(train, out):
         assert (out / ".notes").read_bytes() == NOTES
         assert not (out / "summary.json").exists()
         assert not (out / "model.safetensors").exists()
+
+    return run
+
+
+@pytest.fixture
+def during(monkeypatch):
+    """Do something in the second step of the next run: `during(function)`."""
+    from kd.train.meter import Meter
+
+    def arrange(act) -> None:
+        add, calls = Meter.add, []
+
+        def patched(*arguments):
+            calls.append(None)
+            if len(calls) == 2:
+                act()
+            return add(*arguments)
+
+        monkeypatch.setattr(Meter, "add", patched)
+
+    return arrange
+
+
+@pytest.fixture
+def stopped(train, during):
+    """Start a run that a signal stops after two of its four steps: `stopped("--overwrite", "true")`."""
+
+    def run(*arguments) -> None:
+        during(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train("--max_steps", 4, *arguments).status == 128 + signal.SIGTERM
 
     return run
 

@@ -56,9 +56,9 @@ NAMES = {
 }
 DOORS = {
     "evaluate": ("evaluate", "RUN", "--latency", "false"),
-    "predict": ("kd.predict", "RUN", "docs/speed.png"),
-    "export": ("kd.export", "RUN", "--to", "safetensors"),
-    "card": ("kd.export", "RUN", "--to", "hub"),
+    "predict": ("kd.tools.predict", "RUN", "docs/speed.png"),
+    "export": ("kd.tools.export.command", "RUN", "--to", "safetensors"),
+    "card": ("kd.tools.export.command", "RUN", "--to", "hub"),
     "teacher": ("distill", "--teacher", "RUN"),
     "init_from": ("train_teacher", "--init_from", "RUN", "--model", "mnist_teacher"),
 }
@@ -138,7 +138,7 @@ def test_a_teacher_that_a_stranger_s_run_names(runs, teacher, evil, call, tmp_pa
     result = call("evaluate", student, "--latency", "false", "--report", tmp_path / "report")
     assert result.status == 0, result.err
     assert f"its teacher {teacher} cannot be compared with: run '{teacher}': {OF_EVIL}" in result.err
-    assert call("kd.export", student, "--to", "hub").status == 0
+    assert call("kd.tools.export.command", student, "--to", "hub").status == 0
     kd.runs(tmp_path).frame()
     assert not (evil / "ran").exists()
 
@@ -155,7 +155,9 @@ def test_ones_own_network_is_resumed_and_vouched_for_once_more_elsewhere(train, 
 
 
 def test_trust_is_true_or_false(call, teacher):
-    assert_one_line(call("kd.predict", teacher, "docs/speed.png", "--trust_code", "maybe"), "--trust_code", "'maybe'")
+    assert_one_line(
+        call("kd.tools.predict", teacher, "docs/speed.png", "--trust_code", "maybe"), "--trust_code", "'maybe'"
+    )
 
 
 # Names of what is deleted
@@ -204,7 +206,7 @@ def test_pillow_s_other_decoders_are_not_started(tmp_path, teacher, call, monkey
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", never)
     Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg", form)
-    result = call("kd.predict", teacher, tmp_path / "x.jpg")
+    result = call("kd.tools.predict", teacher, tmp_path / "x.jpg")
     assert result.status == 1
     assert "x.jpg (not an image of a known format (JPEG, PNG, " in result.err
 
@@ -237,7 +239,7 @@ SIDE = "it is a whole number from 1 to 8192"
 )
 def test_sizes_of_images_in_config_json(teacher, call, field, value, words):
     rewrite(teacher, preprocess={**IMAGE, field: value})
-    assert_one_line(call("kd.predict", teacher, "docs/speed.png"), f"run '{teacher}': images ", words)
+    assert_one_line(call("kd.tools.predict", teacher, "docs/speed.png"), f"run '{teacher}': images ", words)
 
 
 @pytest.fixture
@@ -290,7 +292,7 @@ def assert_nothing_acts(*texts: str) -> None:
 @pytest.mark.parametrize("form", ["table", "csv"])
 def test_class_names_in_a_terminal(teacher, call, form):
     rewrite(teacher, classes=[RED, *map(str, range(9))])
-    result = call("kd.predict", teacher, "docs/speed.png", "--top", 10, "--format", form)
+    result = call("kd.tools.predict", teacher, "docs/speed.png", "--top", 10, "--format", form)
     assert_nothing_acts(result.out)
     assert form == "csv" or SHOWN + r"\n" in result.out
 
@@ -301,7 +303,7 @@ def test_errors_and_lines_in_a_terminal(teacher, rewrite_data, call):
     assert_one_line(result, "different classes")
     assert_nothing_acts(result.err)
     rewrite_data(source=RED)
-    result = call("kd.export", teacher, "--to", "torch")
+    result = call("kd.tools.export.command", teacher, "--to", "torch")
     assert result.status == 0
     assert_nothing_acts(result.out, result.err)
 
@@ -328,7 +330,7 @@ def test_names_in_a_model_card(teacher, rewrite_data, call):
     (teacher / "config.yaml").write_text(yaml.safe_dump(config))
     summary = json.loads((teacher / "summary.json").read_text())
     (teacher / "summary.json").write_text(json.dumps({**summary, "device": mark, "git_commit": mark}))
-    assert call("kd.export", teacher, "--to", "hub").status == 0
+    assert call("kd.tools.export.command", teacher, "--to", "hub").status == 0
     text = (teacher / "export/hub/README.md").read_text().split("---\n", 2)[2]
     assert text.count(shown) >= 6
     assert "<script>" not in text

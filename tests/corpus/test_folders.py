@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -14,47 +12,18 @@ from refusing import (  # noqa: F401 (fixtures)
     QUICK,
     _one_thread,
     contents,
+    during,
     finished,
     out,
     refused,
     runs,
+    stopped,
     teacher,
     train,
 )
 
 import kd.run.folder
 from kd.train.checkpoint import Progress, checkpoints, load_newest, save_checkpoint
-from kd.train.meter import Meter
-
-
-@pytest.fixture
-def during(monkeypatch):
-    """Do something in the second step of the next run: `during(function)`."""
-
-    def arrange(act) -> None:
-        add, calls = Meter.add, []
-
-        def patched(*arguments):
-            calls.append(None)
-            if len(calls) == 2:
-                act()
-            return add(*arguments)
-
-        monkeypatch.setattr(Meter, "add", patched)
-
-    return arrange
-
-
-@pytest.fixture
-def stopped(train, during):
-    """Start a run that a signal stops after two of its four steps: `stopped("--overwrite", "true")`."""
-
-    def run(*arguments) -> None:
-        during(lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert train("--max_steps", 4, *arguments).status == 128 + signal.SIGTERM
-
-    return run
-
 
 # Checkpoints
 
@@ -259,6 +228,6 @@ def test_a_place_for_results_is_tried_before_anything_is_measured(call, teacher,
 
 def test_an_export_is_not_written_over_a_run(call, runs, teacher):
     before = contents(teacher)
-    result = call("kd.export", runs / "student", "--to", "safetensors", "--out", teacher, "--overwrite")
+    result = call("kd.tools.export.command", runs / "student", "--to", "safetensors", "--out", teacher, "--overwrite")
     assert_one_line(result, str(teacher / "model.safetensors"), "a run's file")
     assert contents(teacher) == before

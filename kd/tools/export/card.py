@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import math
 import statistics
 import sys
@@ -16,8 +15,8 @@ import kd
 from kd.data.views import Views
 from kd.losses import LOSSES, paper
 from kd.measure.records import objective
-from kd.run.contents import read_summary
-from kd.run.parse import differing_fields, read_yaml
+from kd.run.contents import read_config, read_network, read_summary
+from kd.run.parse import differing_fields
 from kd.run.recorded import recorded_data
 from kd.util.errors import UserError
 from kd.util.escape import in_markdown as escaped
@@ -43,7 +42,7 @@ def model_card(runs: list[Path], license: str | None = None) -> str:
         UserError: a run is not finished, damaged, or not of the same config.
     """
     try:
-        config, summaries = read_yaml(runs[0] / "config.yaml"), [read_summary(run) for run in runs]
+        config, summaries = read_config(runs[0]), [read_summary(run) for run in runs]
         _check_seeds(runs, config, summaries)
         values = _values(runs[0], config, summaries)
         data = _metadata(_name(runs[0]), config, summaries[0], license)
@@ -55,7 +54,7 @@ def model_card(runs: list[Path], license: str | None = None) -> str:
 
 def _check_seeds(runs: list[Path], config: dict, summaries: list[dict]) -> None:
     for other in runs[1:]:
-        fields = differing_fields(config, read_yaml(other / "config.yaml"))
+        fields = differing_fields(config, read_config(other))
         names = [name for name in (field.partition(" ")[0] for field in fields) if name not in _SEEDED]
         if names:
             raise UserError(f"run {str(other)!r} is not {str(runs[0])!r} with another seed: {', '.join(names)} differ")
@@ -82,7 +81,7 @@ def _metadata(name: str, config: dict, summary: dict, license: str | None) -> Mo
 
 def _values(run: Path, config: dict, summaries: list[dict]) -> dict:
     """What the template shows."""
-    saved, data, teachers = json.loads((run / "config.json").read_text()), config["data"], config.get("teacher") or []
+    saved, data, teachers = read_network(run), config["data"], config.get("teacher") or []
     kind, arguments = saved["model"], saved["model_args"]
     if reused := kind == "reused_head":
         kind, arguments = arguments["student"], arguments["student_args"]
@@ -153,8 +152,8 @@ def _teacher(name: str) -> dict:
     """A teacher's name, and what its run folder says where that is still there."""
     try:
         summary = read_summary(Path(name))
-        model = json.loads((Path(name) / "config.json").read_text())["model"]
-        known = {"model": escaped(model), "num_params": summary["num_params"], "accuracy": summary["test_accuracy"]}
+        model = escaped(read_network(Path(name))["model"])
+        known = {"model": model, "num_params": summary["num_params"], "accuracy": summary["test_accuracy"]}
     except (UserError, OSError, KeyError, ValueError):
         known = {}
     return {"name": _public(name), **known}

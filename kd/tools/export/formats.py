@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.models import Classifier, load_classifier
+from kd.run.contents import read_network
 from kd.util.errors import UserError
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -143,7 +144,7 @@ def describe(classifier: Classifier, run: Path, inputs: Tensor, inside: bool) ->
     return {
         "run": run.resolve().name,
         "model": classifier.recipe["model"],
-        "weights_sha256": json.loads((run / "config.json").read_text())["sha256"],
+        "weights_sha256": read_network(run)["sha256"],
         "input": {"name": "images", "type": kind, "shape": ["batch", *inputs.shape[1:]], "preprocess": where},
         "output": {"name": "logits", "type": "float32", "shape": ["batch", len(classifier.classes)]},
         "classes": classifier.classes,

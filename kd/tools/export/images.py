@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from kd.data import Split, load_data
+from kd.data.identity import changes, identity
 from kd.data.split import balanced_order
 from kd.models import Classifier
-from kd.run.parse import read_yaml
+from kd.run.contents import read_config, read_inputs
 from kd.run.recorded import recorded_data
 from kd.util.errors import UserError
 
@@ -66,11 +67,16 @@ class RunImages:
 def _open(run: Path, classifier: Classifier, folders: dict[str, str | None]):
     if not (run / "config.yaml").is_file():
         raise UserError("it has no config.yaml")
-    settings = read_yaml(run / "config.yaml").get("data") or {}
+    settings = read_config(run)["data"]
     data = load_data(recorded_data(settings, str(run), **folders), download=False)
     if set(data.classes) != set(classifier.classes):
         raise UserError(f"{settings.get('source')} has other classes than the run")
     size = classifier.preprocess.view.source_size
     if size is not None and data.image_shape[1:] != size:
         raise UserError(f"{settings.get('source')} holds images of another size than the run was trained with")
+    before = (read_inputs(run) or {}).get("data")
+    if before and (other := changes(before, identity(data))[0]):
+        raise UserError(
+            f"{settings['source']} has changed since the run was trained: its {', '.join(other)} split differs"
+        )
     return data
