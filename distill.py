@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     from kd.train.fit import fit
     from kd.train.inputs import remember
     from kd.train.setup import announce, build_student, choose_batch_norm, compile_step, make_accelerator, open_run
+    from kd.train.trial import try_first_batch
 
     accelerator = make_accelerator(config)
     with open_run(config, accelerator) as run:
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         distiller = Distiller(student, config.losses, teacher, data.image_shape, data.train_labels, config.seed)
         remember(run, config, data)
         announce(distiller, data, config, accelerator)
+        try_first_batch(distiller, teacher.answer, data, config, accelerator)
         choose_batch_norm(distiller, config, accelerator)
         compile_step(distiller, config, accelerator)
         teacher = precompute_teacher(teacher, distiller.teacher_taps, data, config, accelerator, run)

@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     from kd.train.fit import fit
     from kd.train.inputs import remember
     from kd.train.setup import announce, build_trained, choose_batch_norm, compile_step, make_accelerator, open_run
+    from kd.train.trial import try_first_batch
 
     accelerator = make_accelerator(config)
     with open_run(config, accelerator) as run:
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         distiller = Distiller(network, config.losses)
         remember(run, config, data)
         announce(distiller, data, config, accelerator)
+        try_first_batch(distiller, None, data, config, accelerator)
         choose_batch_norm(distiller, config, accelerator)
         compile_step(distiller, config, accelerator)
         images = precompute_backbone(network, data, config, accelerator, run)

@@ -20,7 +20,7 @@ from kd.models.cifar import CIFAR_NETS
 from kd.models.dropout import use_keyed_dropout
 from kd.models.fold import folded
 from kd.models.frozen import code_hash, freeze, freeze_all_but, state_hash
-from kd.models.own import import_builder
+from kd.models.own import accept, import_builder
 from kd.models.preprocess import Preprocess, View
 from kd.models.reused_head import ReusedHead, reuse_head
 from kd.models.small import SMALL_NETS
@@ -28,6 +28,8 @@ from kd.models.taps import Taps
 from kd.outputs import Outputs
 from kd.run.contents import read_network
 from kd.util.errors import UserError, unknown
+from kd.util.own_code import blamed, described
+from kd.util.tensors import savable
 
 __all__ = [
     "Classifier",
@@ -141,8 +143,7 @@ class Classifier(nn.Module):
 
     def files(self) -> dict[str, bytes]:
         """The content of `model.safetensors` and `config.json`, from which `load_classifier` makes it again."""
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
-        weights = safetensors.torch.save(state, metadata={"format": "pt"})
+        weights = safetensors.torch.save(savable(self.network.state_dict()), metadata={"format": "pt"})
         config = {
             **self.recipe,
             "num_classes": len(self.classes),
@@ -173,20 +174,22 @@ def build_network(name: str, num_classes: int, model_args: dict | None = None, t
     arguments = dict(model_args or {})
     if _of_torchvision(name):
         return torchvision_nets.build_torchvision(name, num_classes, **arguments)
+    ours = {**_OWN_NETS, **_MADE_BY_SCRIPTS}
     given = {"num_classes": num_classes, **({"trust": trust} if name in _MADE_BY_SCRIPTS else {})}
-    builder = {**_OWN_NETS, **_MADE_BY_SCRIPTS}.get(name) or _import(name, trust)
+    builder = ours.get(name) or _import(name, trust)
     parameters = inspect.signature(builder).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in arguments:
             if key not in parameters or key in given:
                 raise unknown(f"argument of {name}", key, [p for p in parameters if p not in given])
     try:
-        network = builder(**given, **arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"cannot build {name}: {error}") from None
-    if not isinstance(network, nn.Module):
-        raise UserError(f"the model {name!r} gives no torch.nn.Module but {type(network).__name__}")
-    return network
+        with blamed(f"cannot build {name}"):
+            network = builder(**given, **arguments)
+    except UserError:
+        raise
+    except Exception as error:  # of any kind, by what the arguments are
+        raise UserError(f"cannot build {name}: {described(error)}") from None
+    return network if name in ours else accept(network, name)
 
 
 def _of_torchvision(name: str) -> bool:
@@ -226,8 +229,7 @@ def build_classifier(
     elif freeze_backbone:
         raise UserError(f"freeze_backbone would freeze the random weights of {name}; give weights too")
     if state is None:
-        network = build_network(name, len(classes), model_args, trust=True)
-        head = torchvision_nets.head_name(network)
+        network, head = build_network(name, len(classes), model_args, trust=True), None
     else:
         network, head = _with_weights(name, state, len(classes), model_args, weights)
     classifier = Classifier(network, view, classes, {"model": name, "model_args": dict(model_args or {})})

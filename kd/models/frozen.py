@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import MethodType
 
+import torch
 from torch import nn
 
 from kd.util.files import file_sha256
@@ -50,7 +51,8 @@ def state_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes())
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)  # numpy does not know bf16
+        digest.update(content.numpy().tobytes())
     return digest.hexdigest()
 
 

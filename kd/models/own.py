@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable
 from importlib.machinery import PathFinder
 
-from torch import nn
+from torch import Tensor, nn
 
 from kd.util.errors import UserError, say
+from kd.util.own_code import blamed
 
 # From these a path could call anything, such as torch.hub.load, which runs a stranger's file.
 NOT_OWN = {"torch", "torchvision", *sys.stdlib_module_names}
@@ -38,13 +39,39 @@ def import_builder(path: str, trust: bool) -> Callable[..., nn.Module]:
     if module not in sys.modules:
         say(f"own code: {path} {place}")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        with blamed(f"cannot import the model {path!r}"):
+            found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"cannot import the model {path!r}: {error}") from None
     if not (inspect.isfunction(found) or (inspect.isclass(found) and issubclass(found, nn.Module))):
         raise UserError(f"the model {path!r} is neither a torch.nn.Module class nor a function that returns one")
     _require_own(path, found.__module__)  # it may be imported there from elsewhere
     return found
+
+
+def accept(network: object, name: str) -> nn.Module:
+    """What a builder of the user's own gave, as a network whose output is its logits.
+
+    Raises:
+        UserError: it is no module, or nothing in it can be trained.
+    """
+    if not isinstance(network, nn.Module):
+        raise UserError(f"the model {name!r} gives no torch.nn.Module but {type(network).__name__}")
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UserError(f"the model {name!r} has no parameter to train")
+    network.register_forward_hook(_logits_alone)
+    return network
+
+
+def _logits_alone(_network, _inputs, output) -> Tensor:
+    """The logits of an output; a dict, or an object as those of transformers, holds them as `logits`."""
+    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise UserError(
+            f"the network's forward gives {type(output).__name__}; let it return the logits alone, or in a dict or an "
+            f"object as `logits`"
+        )
+    return logits
 
 
 def _require_own(path: str, module: str) -> None:

@@ -71,8 +71,14 @@ def download_weights(entry) -> dict[str, torch.Tensor]:
 
 
 def head_name(network: nn.Module) -> str:
-    """The dotted name of the last linear or convolutional layer: the one that gives the logits."""
+    """The dotted name of the last linear or convolutional layer: the one that gives the logits.
+
+    Raises:
+        UserError: there is none.
+    """
     layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if not layers:
+        raise UserError(f"{type(network).__name__} has no linear or convolutional layer that could be its head")
     return layers[-1]
 
 

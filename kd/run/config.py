@@ -258,6 +258,10 @@ class TrainConfig:
             self.accumulate <= self.data.batch_size,
             f"accumulate {self.accumulate} must be from 1 to data.batch_size ({self.data.batch_size})",
         )
+        for name, loss in ((type(loss).__name__, loss) for loss in self.losses):
+            whole = "_modules" in vars(loss) and hasattr(loss, "weight")
+            _require(whole, f"losses: __init__ of {name} does not call super().__init__(weight)")
+            _require(type(loss).forward is not Loss.forward, f"losses: {name} has no forward")
         whole = [type(loss).__name__ for loss in self.losses if loss.sees_batch]
         _require(
             self.accumulate == 1 or not whole,

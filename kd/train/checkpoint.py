@@ -25,6 +25,7 @@ from torch import Tensor
 from kd.util.errors import is_main_process, say
 from kd.util.files import built_aside, delete, sync, write_synced
 from kd.util.gathers import share_out
+from kd.util.tensors import savable
 
 KEEP = 2
 _WHOLE = re.compile(r"step_\d{8}")
@@ -67,8 +68,7 @@ def save_checkpoint(folder: Path, progress: Progress, tensors: dict[str, dict[st
     with built_aside(final) as aside:
         digests = {}
         for stem, named in tensors.items():
-            named = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-            content = safetensors.torch.save(named)
+            content = safetensors.torch.save(savable(named))
             digests[f"{stem}.safetensors"] = hashlib.sha256(content).hexdigest()
             write_synced(aside / f"{stem}.safetensors", content)
         state = {"progress": asdict(progress), "sha256": digests}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kd import keyed
 from kd.losses import Loss, Setting
 from kd.outputs import Batch, Outputs
+from kd.train.trial import scalar
 from kd.util.errors import UserError
 
 
@@ -87,7 +88,8 @@ class Distiller(nn.Module):
         student = _float(self.student.outputs(batch.images, batch.keys))
         # Half precision has too few bits for a logarithm of a small probability: losses always run in float32.
         with torch.autocast(batch.images.device.type, enabled=False):
-            return {name: loss.weight * loss(student, teacher, batch) for name, loss in self.losses.items()}
+            values = {name: loss(student, teacher, batch) for name, loss in self.losses.items()}
+            return {name: self.losses[name].weight * scalar(name, value, batch) for name, value in values.items()}
 
     def objective(self) -> str:
         """The objective in words: every term with its weight and hyperparameters."""

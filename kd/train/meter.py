@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class Meter:
         self._device = device
         self._kept: list[tuple[list[Tensor], int, int]] = []  # terms, images, step
         self._sums = dict.fromkeys((*self.names, "images"), 0.0)
-        self._bad = -1
+        self._bad, self._culprits = -1, []
         self._epoch = dict(sums.get("epoch", {}))
         self._interval_start, self._epoch_images, self._epoch_start = time.perf_counter(), 0.0, time.perf_counter()
         if "interval" in sums and is_main:
@@ -40,6 +41,8 @@ class Meter:
             row.append(sum(row))
             if self._bad < 0 and not math.isfinite(row[-1]):
                 self._bad = step + 1
+                bad = [name for name, value in zip(self.names, row[:-1], strict=False) if not math.isfinite(value)]
+                self._culprits = bad if len(bad) < len(row) - 1 else []
             if num_images:
                 for name, value in zip(self.names, row, strict=True):
                     self._sums[name] += value * num_images
@@ -60,7 +63,7 @@ class Meter:
         if (first := min((step for step in steps if step >= 0), default=None)) is not None:
             where = [str(process) for process, step in enumerate(steps) if step == first]
             some = f" on process {', '.join(where)} of {len(steps)}" if len(where) < len(steps) else ""
-            raise not_finite("the loss is", first, lr, saved_step, some)
+            raise not_finite("the loss is", first, lr, saved_step, some, self._culprits)
 
     def state(self, accelerator) -> dict:
         """The open sums over all processes, for the checkpoint."""
@@ -97,8 +100,16 @@ class Meter:
         return row
 
 
-def not_finite(what: str, step: int, lr: float, saved_step: int | None, where: str = "") -> UserError:
-    """The error for a loss or weights that are not finite; says which checkpoint is kept."""
+def not_finite(
+    what: str, step: int, lr: float, saved_step: int | None, where: str = "", terms: Sequence[str] = ()
+) -> UserError:
+    """The error for a loss or weights that are not finite; says which checkpoint is kept.
+
+    Args:
+        terms: those that are not finite where others are: then the weights were, and the formula is to blame.
+    """
     kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "there is no checkpoint yet"
     remedy = f"lower --optimizer.lr (it is {lr:g}) or set --optimizer.clip_norm"
+    if terms:
+        remedy = f"only {', '.join(terms)} is: look for a logarithm, root or division of 0 in it"
     return UserError(f"{what} not finite at step {step}{where}; {remedy}; {kept}")

@@ -22,6 +22,7 @@ from kd.train import zero
 from kd.train.distiller import Distiller
 from kd.util.errors import UserError, say
 from kd.util.machine import end_with_parent, missing_compiler, share_of_cores
+from kd.util.own_code import described, own_place
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -257,9 +258,12 @@ def check_images(classifier: Classifier, data: Data, name: str) -> None:
         was_training = classifier.training
         logits = classifier.eval()(image)
         classifier.train(was_training)
-    except (RuntimeError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of any kind, where the network is of the user's own
         shape = "x".join(str(n) for n in data.image_shape)
-        raise UserError(f"{name} does not take the data's images ({shape}): {str(error)[:200]}; {remedy}") from None
+        why = f"{described(error)}; {own_place(error) or remedy}"
+        raise UserError(f"{name} does not take the data's images ({shape}): {why}") from None
     if logits.shape != (1, len(data.classes)):
         raise UserError(
             f"{name} gives outputs of shape {tuple(logits.shape)} for one image; expected (1, {len(data.classes)})"
