@@ -6,7 +6,8 @@
 #     -d "recipes/stl10/kd.yaml --losses+=CosineEmbedding ..." -s "0 1 2" -o runs/pipeline [-- FLAGS FOR EVERY RUN]
 #
 #   -t RECIPE   of the teacher
-#   -d RECIPE   a distilled student; may be given again, and flags may follow inside the quotes
+#   -d RECIPE   a distilled student; may be given again, and flags may follow inside the quotes, as in a shell: a recipe
+#               whose name has spaces is -d "'my recipe.yaml' --seed 1"
 #   -a RECIPE   a student alone, for the comparison; likewise
 #   -s SEEDS    of the students; 0
 #   -o FOLDER   gets teacher/, NAME_sSEED/ of each student, report/ and logs/; the name is the recipe's file's
@@ -48,21 +49,26 @@ submit() { # prints the job's number
 }
 
 mkdir -p "$folder/logs"
+quoted() { # words as `xargs` of sweep.sbatch reads them back; %q of printf is bash's own for what is not ASCII
+  local word
+  for word in "$@"; do printf " '%s'" "${word//\'/\'\\\'\'}"; done
+}
+
 commands=$folder/students.txt runs=()
 declare -A count=()
 : >"$commands"
 for student in "${students[@]}"; do
-  read -r script recipe flags <<<"$student"
-  name=$(basename "$recipe" .yaml)
+  mapfile -t words < <(xargs -n 1 printf '%s\n' <<<"$student") # script, recipe, flags
+  name=$(basename "${words[1]}" .yaml)
   count[$name]=$((${count[$name]:-0} + 1))
   [[ ${count[$name]} == 1 ]] || name+=_${count[$name]}
   for seed in $seeds; do
     run=$folder/${name}_s$seed
     runs+=("$run")
-    teacher=""
-    [[ $script == train_teacher.py ]] || teacher=" --teacher $(printf %q "$folder/teacher")"
-    printf '%s --config %s%s%s%s --seed %s --output_dir %q\n' "$script" "$recipe" "${flags:+ $flags}" \
-      "$(for flag in "$@"; do printf ' %q' "$flag"; done)" "$teacher" "$seed" "$run" >>"$commands"
+    teacher=()
+    [[ ${words[0]} == train_teacher.py ]] || teacher=(--teacher "$folder/teacher")
+    line=$(quoted "${words[0]}" --config "${words[@]:1}" "$@" "${teacher[@]}" --seed "$seed" --output_dir "$run")
+    echo "${line# }" >>"$commands"
   done
 done
 

@@ -20,6 +20,7 @@ from kd.teachers import Teacher
 from kd.track import tracker_arguments
 from kd.train import zero
 from kd.train.distiller import Distiller
+from kd.train.launched import note_launcher
 from kd.util.errors import UserError, say
 from kd.util.machine import end_with_parent, missing_compiler, share_of_cores
 from kd.util.own_code import described, own_place
@@ -42,6 +43,7 @@ def make_accelerator(config) -> Accelerator:
             f"it is the global size, use for example {near}"
         )
     stop_with_launcher()
+    note_launcher(config.accumulate)
     set_threads(config.num_threads)
     keep_freed_memory()
     if config.deterministic:

@@ -160,3 +160,32 @@ def test_the_networks_come_first_in_the_help(call, script, first):
     words = [word[2:] for word in call(script, "--help").out.split() if word.startswith("--")]
     words = [word for word in dict.fromkeys(words) if word not in ("help", "config", "print_config", "FIELD")]
     assert words[: len(first)] == first
+
+
+LAUNCH = ["python", "/bin/accelerate", "launch"]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["bash"], []),
+        (["python", "train_teacher.py"], []),
+        ([*LAUNCH, "--num_processes", "1", "train_teacher.py", "--accumulate", "2"], []),
+        ([*LAUNCH, "--num_processes=1", "--gradient_accumulation_steps", "2", "t.py"], []),
+        (
+            [*LAUNCH, "--num_processes=1", "--gradient-accumulation-steps=4", "t.py"],
+            ["steps 4 is not used; --accumulate 2"],
+        ),
+        ([*LAUNCH, "--cpu", "--num-processes", "2", "t.py"], ["told num_processes 2 and has started 1", "cpu_2proc"]),
+        ([*LAUNCH, "t.py", "--seed", "1"], ["has no config and started 1 process,"]),
+        (["python", "-m", "accelerate.commands.launch", "t.py"], ["has no config"]),
+    ],
+)
+def test_what_the_launcher_was_told(command, words, monkeypatch):
+    from kd.train import launched
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(launched, "default_config_file", "/nowhere.yaml")
+    notes = launched.launcher_notes(command, accumulate=2)
+    assert len(notes) == bool(words)
+    assert all(word in notes[0] for word in words)

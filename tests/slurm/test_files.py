@@ -69,6 +69,21 @@ def test_the_pipeline_writes_commands_that_the_scripts_take(tmp_path):
     assert {config.epochs for config in configs} == {2}
 
 
+def test_the_pipeline_takes_any_name_in_the_c_locale(tmp_path):
+    folder, recipe = tmp_path / "Université d'été", tmp_path / "mein Schüler.yaml"
+    recipe.write_bytes((ROOT / "recipes/digits/kd.yaml").read_bytes())
+    command = ["slurm/pipeline.sh", "-n", "-t", "recipes/digits/teacher.yaml", "-d", f"'{recipe}' --epochs 3"]
+    command += ["-o", folder]
+    environment = {**ENVIRONMENT, "LANG": "C", "LC_ALL": "C"}
+    subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+    line = (folder / "students.txt").read_bytes()
+    words = subprocess.run(["xargs", "-n", "1", "printf", r"%s\n"], input=line, env=environment, capture_output=True)
+    script, *arguments = words.stdout.decode().splitlines()
+    config = parse(DistillConfig, arguments)
+    assert (script, config.output_dir) == ("distill.py", f"{folder}/mein Schüler_s0")
+    assert (config.teacher, config.epochs) == (f"{folder}/teacher", 3)
+
+
 @pytest.mark.parametrize("arguments", [[], ["-t", "recipes/digits/teacher.yaml"], ["-x"]])
 def test_the_pipeline_says_how_it_is_used(arguments):
     result = subprocess.run([ROOT / "slurm/pipeline.sh", *arguments], env=ENVIRONMENT, capture_output=True, text=True)
