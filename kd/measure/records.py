@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from kd.measure.compare import experiment
-from kd.run.contents import read_config, read_summary
+from kd.run.contents import read_config, read_rows, read_summary
 from kd.util.errors import UserError, say
 
 _CONFIG = ("seed", "teacher", "epochs", "max_steps", "select", "freeze_backbone", "init_from", "mixed_precision")
@@ -36,14 +36,11 @@ class Record:
     @functools.cached_property
     def metrics(self) -> list[dict]:
         """The lines of metrics.jsonl; one that a running job has not written whole is left out."""
-        file, rows = self.folder / "metrics.jsonl", []
-        lines = file.read_text().splitlines() if file.is_file() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                if number < len(lines):
-                    raise UserError(f"run {self.name!r} is damaged: line {number} of metrics.jsonl") from None
+        file = self.folder / "metrics.jsonl"
+        content = file.read_bytes() if file.is_file() else b""
+        rows, bad = read_rows(content)
+        if bad and bad != [len(content.splitlines())]:
+            raise UserError(f"run {self.name!r} is damaged: line {bad[0]} of metrics.jsonl")
         return rows
 
     @property

@@ -51,6 +51,7 @@ _SUMMARY = {
     "versions?": {str: _OPTIONAL_STRING},
     "inputs?": (_INPUTS, None),
 }
+_ROW = {"step": int, "epoch": int}
 _NETWORK = {"model": str, "model_args": {str: Any}, "classes": [str], "preprocess": {str: Any}, "sha256": str}
 
 
@@ -109,16 +110,40 @@ def read_choices(folder: Path) -> dict[str, str]:
     return _read(folder / ".choices.json", {str: str}) if (folder / ".choices.json").is_file() else {}
 
 
-def _read(file: Path, kind: dict) -> dict:
+def read_tracker(folder: Path) -> dict[str, str]:
+    """The ids that a run has in trackers, by `TRACKER_id`.
+
+    Raises:
+        UserError: its tracker.json is damaged.
+    """
+    remedy = "delete the file, and a new run of the tracker begins"
+    return _read(folder / "tracker.json", {str: str}, remedy) if (folder / "tracker.json").is_file() else {}
+
+
+def read_rows(content: bytes) -> tuple[list[dict], list[int]]:
+    """The rows of metrics.jsonl, and the numbers of the lines that hold none."""
+    rows, bad = [], []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            wrong = _wrong(row, _ROW)
+        except (ValueError, RecursionError) as error:
+            wrong = str(error)
+        if wrong:
+            bad.append(number)
+        else:
+            rows.append(row)
+    return rows, bad
+
+
+def _read(file: Path, kind: dict, remedy: str = "train it again with --overwrite true") -> dict:
     try:
         content = json.loads(file.read_bytes())
         wrong = _wrong(content, kind)
     except (OSError, ValueError, RecursionError) as error:
         wrong = str(error)
     if wrong:
-        raise UserError(
-            f"run {str(file.parent)!r} is damaged: {file.name}: {wrong}; train it again with --overwrite true"
-        )
+        raise UserError(f"run {str(file.parent)!r} is damaged: {file.name}: {wrong}; {remedy}")
     return content
 
 

@@ -13,6 +13,7 @@ from kd.run.messages import explain
 from kd.util.errors import UserError
 
 _FIELDS = [f.name for f in dataclasses.fields(DataConfig)]
+_NEVER_NULL = [f.name for f in dataclasses.fields(DataConfig) if f.default is not None]
 # Folders, processes and memory: where and how whoever trained the run had its images is not followed.
 _OF_A_MACHINE = {name.removeprefix("data.") for name in FREE_FIELDS}
 
@@ -29,6 +30,8 @@ def recorded_data(settings: Mapping, run: str, **ours) -> DataConfig:
         UserError: a field has a value that it cannot have.
     """
     given = {name: value for name, value in settings.items() if name in _FIELDS and name not in _OF_A_MACHINE}
+    if absent := [name for name in _NEVER_NULL if given.get(name, 0) is None]:  # the parser lets it through
+        raise UserError(f"run {run!r} is damaged: config.yaml: data.{absent[0]} is null")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(DataConfig, "data")
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from kd.run.contents import read_rows, read_tracker
 from kd.run.folder import Run
 from kd.track.job import Job, describe
 from kd.track.outcome import Outcome, hardest
@@ -63,16 +64,26 @@ class Tracker:
             return
         self._file = (run.folder / "metrics.jsonl").open("a+b")
         self._file.truncate(min(keep_bytes, self._file.tell()))
-        self._file.seek(0)
-        kept = [json.loads(line) for line in self._file]
+        kept = self._read()
         if name != "none":
-            identity, resumed = _identity(run.folder / "tracker.json", name)
+            identity, resumed = _identity(run.folder, name)
             job = describe(run, config, objective, accelerator, identity, kept if resumed else None)
             self._run = TRACKERS[name](accelerator, job)
             for row in kept:
                 if self._run is not None:
                     self._send(row)
         self._last = kept[-1] if kept else self._last
+
+    def _read(self) -> list[dict]:
+        """The rows that are there; a damaged line is left out, and one without its end is cut off."""
+        self._file.seek(0)
+        content = self._file.read()
+        self._file.truncate(content.rfind(b"\n") + 1)
+        rows, bad = read_rows(content)
+        if bad:
+            lines = ", ".join(map(str, bad[:5])) + (" and more" if len(bad) > 5 else "")
+            say(f"note: {self._file.name} is damaged: line {lines}; it is left out of the tracker")
+        return rows
 
     @property
     def wants_outcome(self) -> bool:
@@ -139,20 +150,20 @@ class Tracker:
                 run.finish(self._accelerator, signal)
 
 
-def _identity(note: Path, name: str) -> tuple[str, bool]:
+def _identity(folder: Path, name: str) -> tuple[str, bool]:
     """The tracker run's id, kept in the run folder, and whether it was there: a restart goes on in the same one.
 
     An agent of W&B's sweeps gives the id of the run that it waits for.
 
     Raises:
-        UserError: it is no id, and would become part of a path.
+        UserError: tracker.json is damaged, or what it has is no id and would become part of a path.
     """
-    known = json.loads(note.read_text()) if note.is_file() else {}
+    known, note = read_tracker(folder), folder / "tracker.json"
     resumed = f"{name}_id" in known
     if not resumed:
         given = os.environ.get("WANDB_RUN_ID") if name == "wandb" and "WANDB_SWEEP_ID" in os.environ else None
         known[f"{name}_id"] = given or secrets.token_hex(4)
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", str(known[f"{name}_id"])):
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", known[f"{name}_id"]):
         raise UserError(
             f"{note}: {name}_id {known[f'{name}_id']!r} is no id, which has letters, digits, _ and - only; delete the "
             f"file, and a new run of the tracker begins"
