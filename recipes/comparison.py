@@ -51,6 +51,17 @@ DKD_BETA = {  # 8 for all other pairs (https://arxiv.org/abs/2203.08679, the pub
     ("vgg13_cifar", "mobilenet_v2_half"): 6.0,
 }
 
+# alpha and beta, 1 and 8 for all other pairs (https://arxiv.org/abs/2305.13948, the published configurations)
+IKL_WEIGHTS = {
+    ("wrn_40_2", "wrn_16_2"): (3.0, 12.0),
+    ("wrn_40_2", "wrn_40_1"): (1.0, 8.0),
+    ("resnet56", "resnet20"): (1.0, 4.0),
+    ("resnet110", "resnet32"): (1.0, 12.0),
+    ("vgg13_cifar", "vgg8"): (1.0, 12.0),
+    ("resnet32x4", "shufflenet_v2_cifar"): (3.0, 12.0),
+    ("vgg13_cifar", "mobilenet_v2_half"): (4.0, 12.0),
+}
+
 # 5 for all other pairs (https://arxiv.org/abs/2104.09044, the published script)
 REVIEW_WEIGHT = {
     ("resnet56", "resnet20"): 0.6,
@@ -68,6 +79,8 @@ METHODS = {
     "nkd": (None, [("NKD", {}), CE]),
     "mlkd": (None, [("MLKD", {}), LITTLE_CE]),
     "ctkd": (None, [("CTKD", {}), LITTLE_CE]),
+    "ikl": (None, [("IKL", {}), CE]),
+    "rld": (None, [("RLD", {}), CE]),
     "fitnet": ("middle", [("FitNet", {}), CE]),
     "at": ("stages", [("AT", {}), CE]),
     "nst": ("stages", [("NST", {}), CE]),
@@ -167,8 +180,10 @@ def write(data: str, folder: Path, epochs: int = 240) -> list[Path]:
             for name, arguments in terms:
                 given = taps(kind, teacher, student) if kind and name != "CrossEntropy" else {}
                 given |= {"beta": DKD_BETA.get((teacher, student), 8.0)} if name == "DKD" else {}
+                if name == "IKL":
+                    given["alpha"], given["beta"] = IKL_WEIGHTS.get((teacher, student), (1.0, 8.0))
                 given |= {"weight": REVIEW_WEIGHT.get((teacher, student), 5.0)} if name == "ReviewKD" else {}
-                given |= shorter if name in ("DKD", "ReviewKD") else {}
+                given |= shorter if name in ("DKD", "IKL", "RLD", "ReviewKD") else {}
                 losses.append(
                     {"class_path": name, "init_args": {**given, **arguments}}
                     if given or arguments

@@ -3,9 +3,11 @@
 import inspect
 import sys
 
+from kd.losses.abkd import ABKD
 from kd.losses.activation_boundary import AB
 from kd.losses.attention_transfer import AT
 from kd.losses.base import FeatureLoss, LogitLoss, Loss, RelationLoss, Setting, SoftenedLoss, StagesLoss
+from kd.losses.binary_kl import BinaryKL
 from kd.losses.cka import CKA
 from kd.losses.correlation_congruence import CC
 from kd.losses.crd import CRD
@@ -19,7 +21,9 @@ from kd.losses.factor_transfer import FT
 from kd.losses.features import CosineEmbedding, FeatureDistance
 from kd.losses.fitnet import FitNet
 from kd.losses.fsp import FSP
+from kd.losses.hard_labels import HardLabels
 from kd.losses.ickd import ICKD
+from kd.losses.ikl import IKL
 from kd.losses.irg import IRG
 from kd.losses.kl import KL
 from kd.losses.logits import LogitsMSE, SoftCrossEntropy, SoftMAE
@@ -27,17 +31,23 @@ from kd.losses.mgd import MGD
 from kd.losses.mlkd import MLKD
 from kd.losses.nkd import NKD
 from kd.losses.nst import NST
+from kd.losses.ofa import OFA
 from kd.losses.ofd import OFD
 from kd.losses.pkt import PKT
 from kd.losses.review import ReviewKD
 from kd.losses.rkd import RKD
+from kd.losses.rld import RLD
 from kd.losses.similarity import SP
 from kd.losses.simkd import SimKD
 from kd.losses.vid import VID
+from kd.losses.wkd import WKDF
+from kd.losses.wttm import WTTM
 
 LOSSES: dict[str, type[Loss]] = {
     "AB": AB,
+    "ABKD": ABKD,
     "AT": AT,
+    "BinaryKL": BinaryKL,
     "CC": CC,
     "CKA": CKA,
     "CosineEmbedding": CosineEmbedding,
@@ -52,7 +62,9 @@ LOSSES: dict[str, type[Loss]] = {
     "FitNet": FitNet,
     "FSP": FSP,
     "FT": FT,
+    "HardLabels": HardLabels,
     "ICKD": ICKD,
+    "IKL": IKL,
     "IRG": IRG,
     "KL": KL,
     "LogitsMSE": LogitsMSE,
@@ -60,15 +72,19 @@ LOSSES: dict[str, type[Loss]] = {
     "MLKD": MLKD,
     "NKD": NKD,
     "NST": NST,
+    "OFA": OFA,
     "OFD": OFD,
     "PKT": PKT,
     "ReviewKD": ReviewKD,
     "RKD": RKD,
+    "RLD": RLD,
     "SimKD": SimKD,
     "SoftCrossEntropy": SoftCrossEntropy,
     "SoftMAE": SoftMAE,
     "SP": SP,
     "VID": VID,
+    "WKDF": WKDF,
+    "WTTM": WTTM,
 }
 
 __all__ = [

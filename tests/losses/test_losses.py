@@ -260,10 +260,22 @@ def test_the_list_has_every_loss_with_one_line_and_its_paper(capsys):
 
 
 # The papers' or the usual comparison's; a weight that is not here is 1.
-WEIGHTS = {"AT": 1000, "CC": 0.02, "CRD": 0.8, "CTKD": 0.9, "CWD": 50, "FitNet": 100, "FSP": 50, "FT": 200, "ICKD": 2.5}
+WEIGHTS = {"ABKD": 2, "BinaryKL": 10, "HardLabels": 0.5, "WKDF": 0.08, "WTTM": 4}
+WEIGHTS |= {
+    "AT": 1000,
+    "CC": 0.02,
+    "CRD": 0.8,
+    "CTKD": 0.9,
+    "CWD": 50,
+    "FitNet": 100,
+    "FSP": 50,
+    "FT": 200,
+    "ICKD": 2.5,
+}
 WEIGHTS |= {"MGD": 7e-5, "MLKD": 0.9, "NST": 50, "OFD": 1e-3, "PKT": 3e4, "ReviewKD": 5, "SP": 3000}
 DEFAULTS = {
     "AB": {"margin": 1},
+    "ABKD": {"alpha": 0.8, "beta": 0.3, "temperature": 4},
     "AT": {"power": 2},
     "CC": {"dimension": 128, "train_teacher_embedding": True},
     "CRD": {"negatives": 16384, "temperature": 0.07, "momentum": 0.5, "dimensions": 128},
@@ -273,14 +285,19 @@ DEFAULTS = {
     "DKD": {"alpha": 1, "beta": 8, "temperature": 4, "warmup_epochs": 20},
     "FT": {"rate": 0.5},
     "FitNet": {"kernel_size": 1, "batch_norm": True},
+    "IKL": {"alpha": 1, "beta": 8, "temperature": 4, "pair_temperature": 100, "warmup_epochs": 20},
     "IRG": {"vertex_weight": 0.1, "edge_weight": 5, "transformation_weight": 5},
     "KL": {"temperature": 4},
     "MGD": {"mask": "pixels", "mask_ratio": 0.5},
     "MLKD": {"temperatures": (2, 3, 4, 5, 6)},
     "NKD": {"gamma": 1.5, "temperature": 1},
+    "OFA": {"gamma": 1, "temperature": 1},
     "RKD": {"distance_weight": 25, "angle_weight": 50},
+    "RLD": {"alpha": 1, "beta": 8, "temperature": 4, "warmup_epochs": 20},
     "ReviewKD": {"mid_channels": None, "levels": (4, 2, 1), "warmup_epochs": 20},
     "VID": {"initial_variance": 5, "epsilon": 1e-5},
+    "WKDF": {"grid": 1, "mean_weight": 4},
+    "WTTM": {"temperature": 5},
 }
 
 
