@@ -356,7 +356,25 @@ def test_a_network_that_cannot_be_traced_is_one_line(call, tmp_path, monkeypatch
     for name, content in classifier.files().items():
         (tmp_path / "run" / name).write_bytes(content)
     for to in ("torch",) if formats_missing() else ("torch", "onnx"):
-        assert_one_line(call(COMMAND, tmp_path / "run", "--to", to), "cannot be traced")
+        assert_one_line(call(COMMAND, tmp_path / "run", "--to", to, "--trust_code", "true"), "cannot be traced")
+
+
+@needs_onnx
+def test_a_network_in_half_precision(call, tmp_path, monkeypatch):
+    (tmp_path / "half_nets.py").write_text(
+        "import torch\nfrom torch import nn\nclass Half(nn.Module):\n"
+        "    def __init__(self, num_classes):\n        super().__init__()\n"
+        "        self.fc = nn.Linear(48, num_classes).bfloat16()\n"
+        "    def forward(self, x):\n        return self.fc(x.flatten(1).bfloat16())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    classifier = build_classifier("half_nets.Half", ["a", "b"], View(source_size=(4, 4)))
+    (tmp_path / "run").mkdir()
+    for name, content in classifier.files().items():
+        (tmp_path / "run" / name).write_bytes(content)
+    run = call(COMMAND, tmp_path / "run", "--to", "onnx", "--trust_code", "true")
+    assert_one_line(run, "ONNX Runtime cannot run the network", "--to torch")
+    assert call(COMMAND, tmp_path / "run", "--to", "safetensors", "--trust_code", "true").status == 0
 
 
 def test_mistakes_are_one_line(call, teacher_run, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kd.models import Classifier, load_classifier
 from kd.run.contents import read_network
 from kd.util.errors import UserError
+from kd.util.own_code import described
 
 TOLERANCE = 1e-4  # of the largest logit
 NUM_CHECKED = 64  # images
@@ -86,13 +87,20 @@ def to_onnx(module: nn.Module, example: Tensor, description: dict, file: Path) -
 
 
 def session(file: Path):
-    """An ONNX file in ONNX Runtime on the CPU, with as many threads as PyTorch has."""
+    """An ONNX file in ONNX Runtime on the CPU, with as many threads as PyTorch has.
+
+    Raises:
+        UserError: it has no such operation, as for bf16.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common class
+        raise UserError(f"ONNX Runtime cannot run the network: {described(error)}; use --to torch") from None
 
 
 def require_onnx() -> None:
