@@ -100,7 +100,7 @@ def teacher_run(tmp_path_factory) -> Path:
     import train_teacher
 
     folder = tmp_path_factory.mktemp("teacher") / "run"
-    arguments = ["--config", "recipes/digits/teacher.yaml", "--data.num_train", "200", "--epochs", "4"]
+    arguments = ["--config", "recipes/digits/teacher.yaml", "--data.num_train", "200", "--epochs", "8"]
     here = os.getcwd()
     os.chdir(ROOT)
     try:

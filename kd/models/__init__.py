@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kd.models import torchvision_nets
 from kd.models.cifar import CIFAR_NETS
+from kd.models.cifar10_resnets import CIFAR10_RESNETS
 from kd.models.dropout import use_keyed_dropout
 from kd.models.fold import folded
 from kd.models.frozen import code_hash, freeze, freeze_all_but, state_hash
@@ -43,7 +44,7 @@ __all__ = [
     "state_hash",
 ]
 
-_OWN_NETS = {**SMALL_NETS, **CIFAR_NETS}
+_OWN_NETS = {**SMALL_NETS, **CIFAR_NETS, **CIFAR10_RESNETS}
 _MADE_BY_SCRIPTS = {"reused_head": ReusedHead}  # known to a run's config.json, not to a user's flags
 
 

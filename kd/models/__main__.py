@@ -14,6 +14,7 @@ import yaml
 
 from kd.models import build_network, torchvision_nets
 from kd.models.cifar import CIFAR_NETS
+from kd.models.cifar10_resnets import CIFAR10_RESNETS
 from kd.models.small import SMALL_NETS
 from kd.models.taps import tap_shapes
 from kd.util.errors import CommandParser, UserError, run_script
@@ -29,8 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model_args", default="{}", help="further arguments of the network, as {width: 2}")
     arguments = parser.parse_args(argv)
     if arguments.name is None:
-        sources = {"ours, small": SMALL_NETS, "ours, of the CIFAR-100 comparison": CIFAR_NETS}
-        for source, names in {**sources, "torchvision's": torchvision_nets.names()}.items():
+        sources = {
+            "ours, small": SMALL_NETS,
+            "ours, of the CIFAR-100 comparison": CIFAR_NETS,
+            "ours, of He et al. for CIFAR-10": CIFAR10_RESNETS,
+            "torchvision's": torchvision_nets.names(),
+        }
+        for source, names in sources.items():
             print(f"{source}:")
             print(textwrap.fill(", ".join(names), 100, initial_indent="  ", subsequent_indent="  "))
         return 0

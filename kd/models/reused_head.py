@@ -94,7 +94,7 @@ def last_map(name: str, network: nn.Module) -> str:
     import torchvision  # takes seconds
 
     if isinstance(network, CifarNet):
-        return [child for child, _ in network.named_children() if child.startswith("stage")][-1]
+        return [child for child, _ in network.named_children() if child.startswith(("stage", "layer"))][-1]
     if isinstance(network, torchvision.models.ResNet):
         return "layer4"
     raise UserError(

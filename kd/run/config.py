@@ -287,8 +287,8 @@ class _Trained:
     model: str = "resnet18"
     """deep_nn, light_nn, deeper_cnn, mnist_teacher, mnist_student; of the CIFAR-100 comparison resnet8, resnet14,
     resnet20, resnet32, resnet44, resnet56, resnet110, resnet8x4, resnet32x4, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2,
-    vgg8, vgg13_cifar, mobilenet_v2_half, shufflenet_v1, shufflenet_v2_cifar; any torchvision classifier; or an import
-    path"""
+    vgg8, vgg13_cifar, mobilenet_v2_half, shufflenet_v1, shufflenet_v2_cifar; of He et al. cifar10_resnet20,
+    cifar10_resnet32, cifar10_resnet44, cifar10_resnet56; any torchvision classifier; or an import path"""
 
 
 @dataclass
@@ -311,8 +311,8 @@ class _Distilled:
     student: str = "mobilenet_v3_small"
     """deep_nn, light_nn, deeper_cnn, mnist_teacher, mnist_student; of the CIFAR-100 comparison resnet8, resnet14,
     resnet20, resnet32, resnet44, resnet56, resnet110, resnet8x4, resnet32x4, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2,
-    vgg8, vgg13_cifar, mobilenet_v2_half, shufflenet_v1, shufflenet_v2_cifar; any torchvision classifier; or an import
-    path"""
+    vgg8, vgg13_cifar, mobilenet_v2_half, shufflenet_v1, shufflenet_v2_cifar; of He et al. cifar10_resnet20,
+    cifar10_resnet32, cifar10_resnet44, cifar10_resnet56; any torchvision classifier; or an import path"""
     teacher: str | list[str] = ""
     """run folder of the teacher, or a torchvision classifier with its ImageNet weights; a list for several"""
     teacher_mean: Literal["logits", "probabilities"] = "logits"

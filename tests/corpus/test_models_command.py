@@ -11,9 +11,11 @@ MODULE = "kd.models.__main__"
 def test_names_by_source(call):
     result = call(MODULE)
     assert result.status == 0
-    small, cifar, others = (result.out.split(head)[1] for head in ("ours, small:", "comparison:", "torchvision's:"))
+    heads = ("ours, small:", "comparison:", "CIFAR-10:", "torchvision's:")
+    small, cifar, resnets, others = (result.out.split(head)[1] for head in heads)
     assert "light_nn" in small.split("ours, of")[0]
-    assert "wrn_16_1" in cifar.split("torchvision's")[0]
+    assert "wrn_16_1" in cifar.split("ours, of")[0]
+    assert "cifar10_resnet56" in resnets.split("torchvision's")[0]
     assert "mobilenet_v3_small" in others
 
 

@@ -20,6 +20,7 @@ from kd import keyed
 from kd.measure import cost
 from kd.models import View, build_classifier, build_network, freeze, load_classifier, state_hash
 from kd.models.cifar import CIFAR_NETS, SplitShuffle
+from kd.models.cifar10_resnets import CIFAR10_RESNETS
 from kd.models.dropout import KeyedDropout
 from kd.models.small import SMALL_NETS
 from kd.models.taps import Taps
@@ -95,7 +96,7 @@ def unsettle(network):
 
 def test_every_cifar_network_is_counted_here_and_shadows_none_of_torchvision():
     assert CIFAR_SIZES.keys() == CIFAR_NETS.keys()
-    assert not {*CIFAR_NETS, *SMALL_NETS} & set(names())
+    assert not {*CIFAR_NETS, *CIFAR10_RESNETS, *SMALL_NETS} & set(names())
     assert not CIFAR_NETS.keys() & SMALL_NETS.keys()
 
 
@@ -219,7 +220,7 @@ def test_the_help_names_every_network_of_this_project(capsys):
         with pytest.raises(SystemExit):
             script.main(["--help"])
         words = set(capsys.readouterr().out.replace(",", " ").replace(";", " ").split())
-        assert {*CIFAR_NETS, *SMALL_NETS} <= words
+        assert {*CIFAR_NETS, *CIFAR10_RESNETS, *SMALL_NETS} <= words
 
 
 def test_deeper_cnn_is_not_cheaper_than_resnet18():

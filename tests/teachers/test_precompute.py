@@ -14,7 +14,7 @@ from torch import nn
 
 from kd.models import build_network, code_hash
 
-TAPS = "[{class_path: CosineEmbedding, init_args: {student_tap: features.8, teacher_tap: features.7}}, KL]"
+TAPS = "[{class_path: CosineEmbedding, init_args: {student_tap: features.5, teacher_tap: features.4}}, KL]"
 
 
 def tables() -> set[Path]:

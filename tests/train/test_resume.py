@@ -165,7 +165,7 @@ def test_distillation_is_resumed_too(teacher_run, tmp_path):
 
 @pytest.mark.slow
 def test_losses_that_learn_draw_and_remember_are_resumed_too(teacher_run, tmp_path):
-    last, stages = ("features.8", "features.7"), (["features.5", "features.8"], ["features.4", "features.7"])
+    last, stages = ("features.5", "features.4"), (["features.3", "features.5"], ["features.2", "features.4"])
     one, several = ("student_tap", "teacher_tap"), ("student_taps", "teacher_taps")
     losses = [
         {"class_path": "CRD", "init_args": {**dict(zip(one, last, strict=True)), "negatives": 64}},
