@@ -39,7 +39,7 @@ _STEP = f"step_{'[0-9]' * 8}"
 # What a run and its trackers and exports write beside these; all else in the folder is the user's.
 _FOLDERS = {
     "checkpoints": (_STEP, f"{_STEP}.tmp-*", f".tmp-{_STEP}", f"damaged_{_STEP}"),
-    "wandb": ("run-*", "offline-run-*", "latest-run", "debug*.log"),
+    "wandb": ("run-*", "offline-run-*", "latest-run", "debug*.log", "artifacts"),
     "tensorboard": ("events.out.tfevents.*", "over_*", "[0-9]*.[0-9]*"),
     "export": ("onnx", "torch", "safetensors", "hub"),
 }
