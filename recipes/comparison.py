@@ -54,7 +54,6 @@ DKD_BETA = {  # 8 for all other pairs (https://arxiv.org/abs/2203.08679, the pub
 # alpha and beta, 1 and 8 for all other pairs (https://arxiv.org/abs/2305.13948, the published configurations)
 IKL_WEIGHTS = {
     ("wrn_40_2", "wrn_16_2"): (3.0, 12.0),
-    ("wrn_40_2", "wrn_40_1"): (1.0, 8.0),
     ("resnet56", "resnet20"): (1.0, 4.0),
     ("resnet110", "resnet32"): (1.0, 12.0),
     ("vgg13_cifar", "vgg8"): (1.0, 12.0),
@@ -154,7 +153,9 @@ def schedule(data: str, network: str, epochs: int) -> dict:
 def recipe(path: Path, title: str, number: float | None, script: str, arguments: str, content: dict) -> None:
     """Write one recipe with its head."""
     place = "/".join(path.parts[-3:]) if path.parent.name != "networks" else f"{path.parts[-3]}/networks/{path.name}"
-    said = f"Published: {number:.2f} % test accuracy of CIFAR-100. " if number else "No published number. "
+    said = (
+        f"Published: {number:.2f} % test accuracy of CIFAR-100. " if number else "No published number is known here. "
+    )
     head = [f"# {title}", "#", f"# {said}Not yet reproduced here.", "#"]
     head += [f"#   accelerate launch {script} --config recipes/{place}{arguments}"]
     content = {**content, "output_dir": f"runs/{place.removesuffix('.yaml')}"}

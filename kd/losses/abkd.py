@@ -34,7 +34,7 @@ class ABKD(SoftenedLoss):
     """alpha-beta-divergence from the teacher's softened probabilities, between KL and its reverse (Wang et al. 2025).
 
     Differs from the authors' code: multiplied by T^2, as KL is. Their example, ResNet-56 to ResNet-20 on CIFAR-100, has
-    the defaults' alpha, beta and T with weight 32, which is 2 here.
+    the defaults' alpha, beta and T with weight 32, which is 2 here (64 in their script's comment).
 
     Args:
         alpha, beta: the powers, above 0.
