@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a student on what a teacher says and on labels.
+"""Train a student on what a teacher gives and on labels.
 
 accelerate launch distill.py --config recipes/digits/kd.yaml --teacher runs/digits/teacher
 """
@@ -14,14 +14,22 @@ def main(argv: list[str] | None = None) -> int:
 
     config = parse(DistillConfig, argv)
 
-    from kd.data import load_data
-    from kd.teachers import load_teacher, other_sizes
-    from kd.teachers.precompute import precompute_teacher
-    from kd.train.conclude import conclude  # --help and --print_config need none of these
-    from kd.train.distiller import Distiller
+    from kd.data import load_data  # --help and --print_config need none of these
+    from kd.teachers import load_teachers, other_sizes
+    from kd.teachers.precompute import precompute_teachers
+    from kd.train.conclude import conclude
     from kd.train.fit import fit
     from kd.train.inputs import remember
-    from kd.train.setup import announce, build_student, choose_batch_norm, compile_step, make_accelerator, open_run
+    from kd.train.setup import (
+        announce,
+        build_distiller,
+        build_learner,
+        build_trained,
+        choose_batch_norm,
+        compile_step,
+        make_accelerator,
+        open_run,
+    )
     from kd.train.trial import try_first_batch
 
     accelerator = make_accelerator(config)
@@ -29,18 +37,20 @@ def main(argv: list[str] | None = None) -> int:
         if run.finished:
             return 0
         data = load_data(config.data)
-        teacher = load_teacher(config.teacher, data.classes, config.teacher_mean, accelerator.device, config.trust_code)
-        for line in other_sizes(teacher, data.image_shape):
+        mean, device, trust = config.teacher_mean, accelerator.device, config.trust_code
+        teachers = load_teachers(config.teacher, data.classes, mean, device, trust)
+        for line in other_sizes(teachers, data.image_shape):
             say(f"note: the teacher {line}")
-        student = build_student(data, config, teacher)
-        distiller = Distiller(student, config.losses, teacher, data.image_shape, data.train_labels, config.seed)
+        network = build_trained(config.student, data, config)
+        learner = build_learner(network, teachers, data, config)
+        distiller = build_distiller(learner, teachers, data, config)
         remember(run, config, data)
         announce(distiller, data, config, accelerator)
-        try_first_batch(distiller, teacher.answer, data, config, accelerator)
+        try_first_batch(distiller, teachers, data, config, accelerator)
         choose_batch_norm(distiller, config, accelerator)
         compile_step(distiller, config, accelerator)
-        teacher = precompute_teacher(teacher, distiller.teacher_taps, data, config, accelerator, run)
-        fitted = fit(distiller, teacher, data, config, accelerator, run)
+        data = precompute_teachers(data, teachers, config, accelerator, run)
+        fitted = fit(distiller, teachers, data, config, accelerator, run)
         return conclude(fitted, data, config, accelerator, run)
 
 

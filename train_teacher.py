@@ -17,10 +17,18 @@ def main(argv: list[str] | None = None) -> int:
     from kd.data import load_data
     from kd.teachers.precompute import precompute_backbone
     from kd.train.conclude import conclude  # --help and --print_config need none of these
-    from kd.train.distiller import Distiller
     from kd.train.fit import fit
     from kd.train.inputs import remember
-    from kd.train.setup import announce, build_trained, choose_batch_norm, compile_step, make_accelerator, open_run
+    from kd.train.setup import (
+        announce,
+        build_distiller,
+        build_learner,
+        build_trained,
+        choose_batch_norm,
+        compile_step,
+        make_accelerator,
+        open_run,
+    )
     from kd.train.trial import try_first_batch
 
     accelerator = make_accelerator(config)
@@ -29,14 +37,15 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         data = load_data(config.data)
         network = build_trained(config.model, data, config)
-        distiller = Distiller(network, config.losses)
+        learner = build_learner(network, None, data, config)
+        distiller = build_distiller(learner, None, data, config)
         remember(run, config, data)
         announce(distiller, data, config, accelerator)
         try_first_batch(distiller, None, data, config, accelerator)
         choose_batch_norm(distiller, config, accelerator)
         compile_step(distiller, config, accelerator)
-        images = precompute_backbone(network, data, config, accelerator, run)
-        fitted = fit(distiller, None, images, config, accelerator, run)
+        tabled = precompute_backbone(data, learner, config, accelerator, run)
+        fitted = fit(distiller, None, tabled, config, accelerator, run)
         return conclude(fitted, data, config, accelerator, run)
 
 

@@ -26,11 +26,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 import comparison  # noqa: E402
 
 from kd import keyed  # noqa: E402
-from kd.losses import LOSSES  # noqa: E402
+from kd.losses import LOSSES, Setting  # noqa: E402
 from kd.models import View, build_classifier  # noqa: E402
 from kd.models.reused_head import reuse_head  # noqa: E402
 from kd.outputs import Batch  # noqa: E402
-from kd.teachers import Teacher  # noqa: E402
+from kd.students import Plain  # noqa: E402
+from kd.teachers import Teachers  # noqa: E402
 from kd.train.distiller import Distiller  # noqa: E402
 from kd.util.machine import device_name, versions  # noqa: E402
 
@@ -53,23 +54,25 @@ class Job:
             given = comparison.taps(kind, teacher, student) if kind and name != "CrossEntropy" else {}
             losses.append(LOSSES[name](**given, **arguments))
         labels = torch.arange(NUM_IMAGES) % NUM_CLASSES
-        self.teacher = Teacher([member], classes).to(device)
-        self.distiller = Distiller(network.to(device), losses, self.teacher, (3, 32, 32), labels).to(device).train()
+        learner = Plain()
+        learner.setup(network.to(device), None)
+        self.teachers, setting = Teachers({"teacher": member}, classes).to(device), Setting(labels=labels)
+        self.distiller = Distiller(learner, losses, self.teachers, (3, 32, 32), setting).to(device).train()
         trained = [p for p in self.distiller.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(trained, lr=0.001, momentum=0.9)
         index = keyed.permutation(0, NUM_IMAGES)[:batch_size]
         images = torch.randint(0, 256, (batch_size, 3, 32, 32), dtype=torch.uint8)
-        tensors = (images, labels[index], index, keyed.keys(0, index))
-        self.batch = Batch(*(tensor.to(device) for tensor in tensors))
+        tensors = (labels[index], index, keyed.keys(0, index))
+        self.batch = Batch({"image": images.to(device)}, *(tensor.to(device) for tensor in tensors))
 
     def step(self) -> float:
         """Seconds of one step."""
         start = time.perf_counter()
-        terms = self.distiller(self.batch, self.teacher.answer(self.batch))
+        terms = self.distiller(self.batch, self.teachers(self.batch))
         sum(terms.values()).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.batch.images.device.type == "cuda":
+        if self.batch.labels.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 

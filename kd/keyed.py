@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     BOOTSTRAP_IMAGES = 4
     BOOTSTRAP_RUNS = 5
     CORRUPTION = 6
+    MEMBER = 7  # of several networks that learn together: first weights and dropout
     CROP = 16
     ERASE = 17
     JITTER = 18

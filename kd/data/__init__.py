@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,16 +30,38 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("KD_CACHE", "~/.cache/kd")).expanduser()
 
 
-Read = tuple[Tensor, Tensor, Tensor]  # images uint8 (B, C, H, W), labels (B,) and places in the store (B,)
+Columns = dict[str, Tensor]  # of a batch, by name: `image` uint8 (B, C, H, W), and others
+Read = tuple[Columns, Tensor, Tensor]  # columns, labels (B,) and places in the store (B,)
+
+
+@dataclass
+class Viewed:
+    """Columns that a table on disk holds for views of images, and how those that are not there yet are computed.
+
+    table: a `kd.teachers.view_table.ViewTable`.
+    compute: gives the columns for the columns of a batch.
+    """
+
+    table: Any
+    compute: Callable[[Columns], Columns]
 
 
 @dataclass
 class Split:
-    """Some of a store's images: `places` (n,) int64 into it; `resident` is what `read` gives of all of them, where that
-    is kept on the device."""
+    """Some of a store's images, and what else is known of each of them.
+
+    store, places: the images, int64 (n,) into the store.
+    rows: further columns by name (n, ...), in the order of `places`.
+    viewed: further columns of the images' views.
+    shows: whether the images are a column too; not where all that needs them has been computed before.
+    resident: what `read` gives of all of them, where that is kept on the device.
+    """
 
     store: Store
     places: np.ndarray
+    rows: dict[str, np.ndarray] = field(default_factory=dict, kw_only=True)
+    viewed: list[Viewed] = field(default_factory=list, kw_only=True)
+    shows: bool = field(default=True, kw_only=True)
     resident: Read | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
@@ -50,22 +73,25 @@ class Split:
 
     @property
     def num_bytes(self) -> int:
-        """What all the images take in memory."""
-        images = self.store.images
-        return len(self) * int(np.prod(images.shape[1:])) * getattr(images, "itemsize", 1)
+        """What all the columns take in memory."""
+        columns = [*self.rows.values(), *([self.store.images] if self.shows else [])]
+        return sum(len(self) * int(np.prod(c.shape[1:])) * getattr(c, "itemsize", 1) for c in columns)
 
     def on_host(self, where: np.ndarray) -> Read:
         """What `read` gives, on the CPU."""
         places = self.places[where]
-        images = np.ascontiguousarray(self.store.images[places])
-        return torch.from_numpy(images), torch.from_numpy(self.store.labels[places]), torch.from_numpy(places)
+        columns = {name: table[where] for name, table in self.rows.items()}
+        if self.shows:
+            columns["image"] = self.store.images[places]
+        columns = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
+        return columns, torch.from_numpy(self.store.labels[places]), torch.from_numpy(places)
 
     def read(self, where: np.ndarray, device: torch.device) -> Read:
-        """Images, labels and places in the store, for positions within this split; a GPU is not waited for."""
+        """Columns, labels and places in the store, for positions within this split; a GPU is not waited for."""
         if self.resident is not None:
             chosen = to_device(torch.from_numpy(where), device)
-            return tuple(part[chosen] for part in self.resident)
-        return tuple(to_device(part, device) for part in self.on_host(where))
+            return _each(self.resident, lambda part: part[chosen])
+        return _each(self.on_host(where), lambda part: to_device(part, device))
 
     def batches(self, wheres: Iterable[np.ndarray], device: torch.device) -> Iterator[Read]:
         """What `read` gives for each of these, in order; prepared ahead by processes where images are decoded, by a
@@ -77,23 +103,28 @@ class Split:
         pinned, images = device.type == "cuda", self.store.images
         if self.resident is not None:
             prepared = (self.read(where, device) for where in wheres)
-        elif isinstance(images, Encoded) and images.workers:
+        elif self.shows and isinstance(images, Encoded) and images.workers:
             prepared = in_workers(self.on_host, wheres, images.workers, pinned)
         elif pinned:
-            prepared = ahead(lambda where: [part.pin_memory() for part in self.on_host(where)], self._announced(wheres))
+            prepared = ahead(lambda where: _each(self.on_host(where), Tensor.pin_memory), self._announced(wheres))
         else:
             prepared = map(self.on_host, self._announced(wheres))
         for parts in prepared:
-            yield tuple(part.to(device, non_blocking=True) for part in parts)
+            yield _each(parts, lambda part: part.to(device, non_blocking=True))
 
     def _announced(self, wheres: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """The same, each when the disk has been told of the one after it."""
-        if not is_large(self.store.images):
+        large = [table for table in self.rows.values() if is_large(table)]
+        images = self.store.images if self.shows and is_large(self.store.images) else None
+        if images is None and not large:
             yield from wheres
             return
         last = None
         for where in wheres:
-            announce(self.store.images, self.places[where])
+            for table in large:
+                announce(table, where)
+            if images is not None:
+                announce(images, self.places[where])
             if last is not None:
                 yield last
             last = where
@@ -101,19 +132,26 @@ class Split:
             yield last
 
     def kept_on(self, device: torch.device) -> Split:
-        """This split with its images on the device, from where a batch is gathered without the CPU."""
+        """This split with its columns on the device, from where a batch is gathered without the CPU."""
         size = max(1, 2**26 * len(self) // max(1, self.num_bytes))  # 64 MB at a time
         wheres = [np.arange(start, min(start + size, len(self))) for start in range(0, len(self), size)]
         whole = None
         for where, parts in zip(wheres, self.batches(wheres, device), strict=True):
-            whole = whole or [torch.empty((len(self), *p.shape[1:]), dtype=p.dtype, device=device) for p in parts]
-            for every, part in zip(whole, parts, strict=True):
+            whole = whole or _each(
+                parts, lambda p: torch.empty((len(self), *p.shape[1:]), dtype=p.dtype, device=device)
+            )
+            for every, part in zip(_flat(whole), _flat(parts), strict=True):
                 every[where[0] : where[-1] + 1] = part
-        return replace(self, resident=tuple(whole))
+        return replace(self, resident=whole)
 
-    def shown(self, images: Tensor, lookup: Tensor) -> Tensor:
-        """What the network is given for these views of images; see `kd.teachers.precompute` for what may be instead."""
-        return images
+
+def _flat(parts: Read) -> list[Tensor]:
+    return [*parts[0].values(), *parts[1:]]
+
+
+def _each(parts: Read, function: Callable[[Tensor], Tensor]) -> Read:
+    columns, labels, places = parts
+    return {name: function(column) for name, column in columns.items()}, function(labels), function(places)
 
 
 @dataclass
@@ -124,8 +162,8 @@ class CorruptedSplit(Split):
     severity: int
 
     def on_host(self, where: np.ndarray) -> Read:
-        images, labels, index = super().on_host(where)
-        return corrupt(images, index, self.corruption, self.severity), labels, index
+        columns, labels, index = super().on_host(where)
+        return {"image": corrupt(columns["image"], index, self.corruption, self.severity)}, labels, index
 
 
 @dataclass
@@ -150,7 +188,7 @@ class Data:
         return labels
 
     def on_device(self, device: torch.device, share: float) -> Data:
-        """The data with its training images in a GPU's memory if they take at most this share of what is free there,
+        """The data with its training columns in a GPU's memory if they take at most this share of what is free there,
         and those for validation if they fit too; says so. Unchanged on a CPU."""
         room = share * free_memory(device)
         if not room:

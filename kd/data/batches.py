@@ -49,6 +49,8 @@ class _Part:
     counts: list[int] | None
     whole: bool
     weight: float
+    labelled: Tensor | None = None
+    labelled_share: float = 1.0
 
 
 class TrainBatches:
@@ -81,12 +83,18 @@ class TrainBatches:
         self.steps_per_epoch = -(-len(split) // batch_size)
         self._orders: dict[int, np.ndarray] = {}
         self._blocks: dict[tuple[int, int], list[list[_Part]]] = {}
-        self._coming, self._images, self._parts = None, None, deque()
+        self._labels = split.labels if (split.labels < 0).any() else None  # only where some are unknown
+        self._coming, self._read, self._parts = None, None, deque()
 
     def positions(self, step: int) -> np.ndarray:
         """Positions in the split of the whole global batch of a step, in order; the epoch's last may be smaller."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         return self._order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def images_seen(self, step: int) -> int:
+        """How many images have been shown after so many steps."""
+        missing = self.steps_per_epoch * self.batch_size - len(self.split)  # in each epoch's last batch
+        return step * self.batch_size - step // self.steps_per_epoch * missing
 
     def num_micro(self, step: int) -> int:
         """How many micro-batches a step has, equal on all processes; none is empty on the first one."""
@@ -104,24 +112,28 @@ class TrainBatches:
         """
         if (step, micro, device) != self._coming:
             self._parts = deque()
-            self._images = self.split.batches(self._wheres(step, micro, self._parts), device)
-        images, labels, index = next(self._images)
+            self._read = self.split.batches(self._wheres(step, micro, self._parts), device)
+        inputs, labels, index = next(self._read)
         self._coming = (*self._after(step, micro), device)
         part, epoch = self._parts.popleft(), step // self.steps_per_epoch
         drawn = part.drawn
         if self.views.mixes:
             count = len(drawn.places)
-            images = self.views.apply(images, torch.cat([drawn.keys, drawn.other_keys]))
-            images, shares = self.views.mix(images[:count], images[count:], drawn.keys)
+            images = self.views.apply(inputs["image"], torch.cat([drawn.keys, drawn.other_keys]))
+            inputs["image"], shares = self.views.mix(images[:count], images[count:], drawn.keys)
             labels, index = mixed_labels(labels[:count], labels[count:], shares, self.num_classes), index[:count]
-        else:
-            images = self.views.apply(images, drawn.keys)
-        images, keys = self.split.shown(images, part.lookup), to_device(drawn.dropout, device)
-        return Batch(images, labels, index, keys, epoch, part.counts, part.whole, part.lookup), part.weight
+        elif "image" in inputs:
+            inputs["image"] = self.views.apply(inputs["image"], drawn.keys)
+        for viewed in self.split.viewed:
+            inputs |= viewed.table.look(part.lookup, inputs, viewed.compute)
+        batch = Batch(inputs, labels, index, to_device(drawn.dropout, device), epoch, part.counts, part.whole, step)
+        if part.labelled is not None:
+            batch.labelled, batch.labelled_share = to_device(part.labelled, device), part.labelled_share
+        return batch, part.weight
 
     def close(self) -> None:
         """End the prefetching."""
-        self._coming = self._images = None
+        self._coming = self._read = None
 
     def _size(self, step: int) -> int:
         """How many images the global batch of a step has."""
@@ -171,7 +183,13 @@ class TrainBatches:
         if own.numbers is not None and weight:
             lookup = torch.stack([own.places, own.numbers], dim=1)
         counts = [stop - start for start, stop in parts] if world > 1 else None
-        return _Part(own, where, lookup, counts, num_micro == 1, weight)
+        part = _Part(own, where, lookup, counts, num_micro == 1, weight)
+        if self._labels is not None:
+            known = self._labels[own.where] >= 0
+            everywhere = (self._labels[drawn.where[offset : offset + size]] >= 0).mean()
+            part.labelled = torch.from_numpy(np.flatnonzero(known))
+            part.labelled_share = float(known.mean() / everywhere) if everywhere else 0.0
+        return part
 
     def _after(self, step: int, micro: int) -> tuple[int, int]:
         """Which micro-batch of which step a loop needs after this one."""

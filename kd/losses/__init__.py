@@ -39,6 +39,7 @@ from kd.losses.rkd import RKD
 from kd.losses.rld import RLD
 from kd.losses.similarity import SP
 from kd.losses.simkd import SimKD
+from kd.losses.term import Term
 from kd.losses.vid import VID
 from kd.losses.wkd import WKDF
 from kd.losses.wttm import WTTM
@@ -96,6 +97,7 @@ __all__ = [
     "Setting",
     "SoftenedLoss",
     "StagesLoss",
+    "Term",
     "paper",
     *LOSSES,
 ]

@@ -19,12 +19,15 @@ class Setting:
     student_shapes, teacher_shapes: shapes of the tapped features by tap name, without the batch axis.
     num_classes: K.
     labels: int64 (N,), the label at each place that `Batch.index` may name; -1 where no training image is.
+    epochs, steps: how long the run is; None outside a run.
     """
 
     student_shapes: dict[str, tuple] = field(default_factory=dict)
     teacher_shapes: dict[str, tuple] = field(default_factory=dict)
     num_classes: int | None = None
     labels: Tensor | None = None
+    epochs: int | None = None
+    steps: int | None = None
 
 
 class Loss(nn.Module):
@@ -41,11 +44,13 @@ class Loss(nn.Module):
     with `sees_batch` true, so that it is not computed on micro-batches of it. A buffer that the loss itself keeps
     equal on all processes is named in `replicated`; any other is rank 0's.
 
-    A loss that takes each image to be of one class (and reads `batch.labels` as int64) has `hard_labels` true.
+    A loss that reads `batch.labels` has `reads_labels` true, and is then given only the images whose label is known; one
+    that takes each image to be of one class (labels int64) has `hard_labels` true, which implies it.
     """
 
     needs_teacher = True
     sees_batch = False
+    reads_labels = False
     hard_labels = False
     student_taps: Sequence[str] = ()
     teacher_taps: Sequence[str] = ()
@@ -55,6 +60,11 @@ class Loss(nn.Module):
         super().__init__()
         self.require(0 <= weight < float("inf"), f"weight {weight} must be a finite number, 0 or more")
         self.weight = weight
+
+    @property
+    def name(self) -> str:
+        """The name of the loss in an objective."""
+        return type(self).__name__
 
     def require(self, condition: bool, message: str) -> None:
         """Raise a ValueError that names this loss unless the condition holds."""
@@ -69,7 +79,8 @@ class Loss(nn.Module):
         """
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
-        """The mean over this process's images, or a function of the global batch that is equal on all processes."""
+        """A scalar, the mean over this process's images or a function of the global batch that is equal on all
+        processes; or values (B,), whose mean is taken."""
         raise NotImplementedError
 
 

@@ -19,6 +19,7 @@ class CrossEntropy(Loss):
     """
 
     needs_teacher = False
+    reads_labels = True
 
     def __init__(self, label_smoothing: float = 0.0, weight: float = 1.0):
         super().__init__(weight)

@@ -21,6 +21,7 @@ class DoubleSoftmax(Loss):
     """
 
     needs_teacher = False
+    reads_labels = True
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return F.cross_entropy(F.softmax(student.logits, dim=1), batch.labels)

@@ -24,7 +24,7 @@ from kd.run.config import EvaluateConfig
 from kd.run.contents import read_config, read_summary
 from kd.run.recorded import recorded_data
 from kd.run.weights import weights_of
-from kd.teachers import load_teacher, other_sizes
+from kd.teachers import load_teachers, named, other_sizes
 from kd.util.errors import UserError
 from kd.util.machine import device_name, versions
 
@@ -185,11 +185,10 @@ class Evaluator:
     def _compare(self, measured: Measured, classifier: Classifier, key: str, data: Data, view: Split) -> None:
         """Add how like its teacher a run is, and say where it saves nothing."""
         row, logits, labels = measured.row, measured.logits, measured.labels
-        names, mean = row["teacher"], row["config"]["teacher_mean"]
-        names = [names] if isinstance(names, str) else names
+        names, mean = list(named(row["teacher"]).values()), row["config"]["teacher_mean"]
         label = f"{measured.name}: its teacher {' + '.join(names)}"
         try:
-            teacher = load_teacher(names, data.classes, mean, self.accelerator.device, self.config.trust_code)
+            teacher = load_teachers(names, data.classes, mean, self.accelerator.device, self.config.trust_code)
         except UserError as error:
             measured.notes.append(f"{label} cannot be compared with: {error}")
             return
@@ -207,15 +206,19 @@ class Evaluator:
         row["agreement_top5"] = metrics.agreement(logits, theirs, top=5)
         row["kl"] = metrics.kl_divergence(theirs, logits)
         row["only_student_right"], row["only_teacher_right"] = metrics.only_one_right(logits, theirs, labels)
-        if pairs := _tap_pairs(row["config"].get("losses") or [], self.config.taps):
+        member, *others = teacher.members.values()
+        pairs = _tap_pairs(row["config"].get("losses") or [], self.config.taps)
+        if pairs and others:
+            measured.notes.append(f"{label} is several: features are compared with one teacher only")
+        elif pairs:
             try:
-                values = similarity(classifier, teacher, pairs, view, self.config.batch_size, self.accelerator)
+                values = similarity(classifier, member, pairs, view, self.config.batch_size, self.accelerator)
             except TypeError as error:  # the module gives no tensor
                 raise UserError(f"run {measured.name!r}: {error}; choose other taps") from None
             taps = ({"student": mine, "teacher": other} for mine, other in pairs)
             row["cka"] = [{**tap, "cka": value} for tap, value in zip(taps, values, strict=True)]
         params = cost.num_params(teacher)
-        adds = sum(cost.multiply_adds(member, data.image_shape) for member in teacher.members)
+        adds = sum(cost.multiply_adds(member, data.image_shape) for member in teacher.members.values())
         if row["num_params"] >= params:
             measured.notes.append(f"{label} is not larger: {row['num_params']:,} against {params:,} parameters")
         if row["multiply_adds"] >= adds:

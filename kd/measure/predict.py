@@ -1,4 +1,4 @@
-"""What networks say about all images of a split."""
+"""What networks give for all images of a split."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def predict(network: nn.Module, split: Split, batch_size: int, accelerator, titl
     """Logits (N, K) and labels (N,) of a split, on the CPU, in its order, each image once at any number of processes.
 
     Args:
-        network: a `Classifier` or a `Teacher`, on the accelerator's device; put in eval mode.
+        network: a `Classifier` or `Teachers`, on the accelerator's device; put in eval mode.
         accelerator: says which of how many processes this is.
         batch_size: images at once over all processes.
         title: of a progress bar, which a terminal then shows.
@@ -28,9 +28,9 @@ def predict(network: nn.Module, split: Split, batch_size: int, accelerator, titl
     hidden = None if title and accelerator.is_main_process else True
     with tqdm(total=len(split) // world, desc=title, unit="image", disable=hidden, leave=False) as bar:
         logits = []
-        for images in _own_batches(split, batch_size, accelerator):
-            logits.append(network(images).float())
-            bar.update(len(images))
+        for inputs in _own_batches(split, batch_size, accelerator):
+            logits.append(network.logits(inputs).float())
+            bar.update(len(logits[-1]))
     mine = torch.cat(logits) if logits else torch.zeros(0, len(network.classes), device=device)
     cuts = _cuts(split, world)
     counts = [cuts[i + 1] - cuts[i] for i in range(world)]
@@ -44,22 +44,22 @@ def similarity(
     """Linear CKA over a split of each pair (student's module, teacher's module), maps averaged over their places.
 
     Args:
-        student, teacher: a `Classifier` and a `Teacher` of one member, both tapped here.
+        student, teacher: two `Classifier`s, both tapped here.
 
     Raises:
         UserError: there is no such module.
     """
     student.eval().tap([mine for mine, _ in pairs])
-    teacher.tap([theirs for _, theirs in pairs])
+    teacher.eval().tap([theirs for _, theirs in pairs])
 
-    def features(images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        ours, theirs = student.outputs(images).features, teacher.outputs(images).features
+    def features(inputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        ours, theirs = student.outputs(inputs).features, teacher.outputs(inputs).features
         return [(metrics.pooled(ours[one]).cpu(), metrics.pooled(theirs[other]).cpu()) for one, other in pairs]
 
     first = features(split.read(torch.arange(1).numpy(), accelerator.device)[0])
     sums = [metrics.feature_sums(one[:0], other[:0]) for one, other in first]  # of no images; each process adds its own
-    for images in _own_batches(split, batch_size, accelerator):
-        sums = [total + metrics.feature_sums(*pair) for total, pair in zip(sums, features(images), strict=True)]
+    for inputs in _own_batches(split, batch_size, accelerator):
+        sums = [total + metrics.feature_sums(*pair) for total, pair in zip(sums, features(inputs), strict=True)]
     world = accelerator.num_processes
     if world > 1:
         sums = [gather_rows(part[None].to(accelerator.device), [1] * world).sum(0).cpu() for part in sums]
@@ -71,11 +71,11 @@ def _cuts(split: Split, world: int) -> list[int]:
     return [len(split) * i // world for i in range(world + 1)]
 
 
-def _own_batches(split: Split, batch_size: int, accelerator) -> Iterator[Tensor]:
-    """This process's images of a split, batch by batch."""
+def _own_batches(split: Split, batch_size: int, accelerator) -> Iterator[dict[str, Tensor]]:
+    """This process's columns of a split, batch by batch."""
     world, rank = accelerator.num_processes, accelerator.process_index
     start, end = _cuts(split, world)[rank : rank + 2]
     size = max(1, batch_size // world)
     wheres = (torch.arange(first, min(first + size, end)).numpy() for first in range(start, end, size))
-    for images, _labels, _index in split.batches(wheres, accelerator.device):
-        yield images
+    for inputs, _labels, _index in split.batches(wheres, accelerator.device):
+        yield inputs

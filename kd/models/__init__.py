@@ -19,6 +19,7 @@ from kd.models import torchvision_nets
 from kd.models.cifar import CIFAR_NETS
 from kd.models.cifar10_resnets import CIFAR10_RESNETS
 from kd.models.dropout import use_keyed_dropout
+from kd.models.exits import ExitNetwork
 from kd.models.fold import folded
 from kd.models.frozen import code_hash, freeze, freeze_all_but, state_hash
 from kd.models.own import accept, import_builder
@@ -45,7 +46,8 @@ __all__ = [
 ]
 
 _OWN_NETS = {**SMALL_NETS, **CIFAR_NETS, **CIFAR10_RESNETS}
-_MADE_BY_SCRIPTS = {"reused_head": ReusedHead}  # known to a run's config.json, not to a user's flags
+_MADE_BY_SCRIPTS = {"exit": ExitNetwork, "reused_head": ReusedHead}  # known to a run's config.json, not to flags
+BACKBONE = "backbone.features"  # the column of what a frozen backbone gives
 
 
 class Classifier(nn.Module):
@@ -68,7 +70,7 @@ class Classifier(nn.Module):
         self.recipe = recipe
         self._dropouts = use_keyed_dropout(network)
         # A network of the user's own may use `view`, which channels_last breaks.
-        model = recipe["model_args"]["student"] if recipe["model"] == "reused_head" else recipe["model"]
+        model = recipe["model_args"]["student"] if recipe["model"] in _MADE_BY_SCRIPTS else recipe["model"]
         self._any_order = model in _OWN_NETS or _of_torchvision(model)
         self._taps = Taps(network)
         self.head: str | None = None  # the head's dotted name where all else is frozen
@@ -81,13 +83,15 @@ class Classifier(nn.Module):
         """
         self._taps.add(names, self.recipe["model"])
 
-    def outputs(self, images: Tensor, keys: Tensor | None = None) -> Outputs:
-        """Logits and tapped features for uint8 images; with `keys` (int64 (B,)) dropout draws a function of them.
+    def outputs(self, inputs: dict[str, Tensor], keys: Tensor | None = None) -> Outputs:
+        """Logits and tapped features for the columns of a `Batch`; with `keys` (int64 (B,)) dropout draws a function of
+        them.
 
-        Float rows (B, D) are taken for the frozen backbone's features, which the head alone turns into logits.
+        A column `backbone.features` (B, D) is what a frozen backbone gives, which the head alone turns into logits.
         """
-        if self.head is not None and images.ndim == 2:
-            return Outputs(self.network.get_submodule(self.head)(images))
+        if (features := inputs.get(BACKBONE)) is not None:
+            return Outputs(self.network.get_submodule(self.head)(features))
+        images = inputs["image"]
         for dropout in self._dropouts:
             dropout.keys = keys
         self._taps.clear()
@@ -97,8 +101,12 @@ class Classifier(nn.Module):
             prepared = prepared.contiguous(memory_format=torch.channels_last)
         return Outputs(self.network(prepared), self._taps.take())
 
+    def logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits (B, K) for the columns of a `Batch`."""
+        return self.outputs(inputs).logits
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.outputs(images).logits
+        return self.logits({"image": images})
 
     @torch.inference_mode()
     def predict(self, images: Sequence, top: int = 1) -> list[list[tuple[str, float]]]:

@@ -7,12 +7,10 @@ teacher's, the more the student answers like it; the paper trains on nothing but
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import torch
 from torch import Tensor, nn
 
-from kd.models.cifar import CifarNet
+from kd.models.cut import check_cut, last_map, map_shape, noise, up_to
 from kd.models.frozen import freeze
 from kd.models.torchvision_nets import head_name
 from kd.util.errors import UserError
@@ -74,35 +72,6 @@ def _align(sides: list[int], wanted: list[int]) -> nn.Module:
     return nn.AvgPool2d([side // size for side, size in zip(sides, wanted, strict=True)])
 
 
-def up_to(network: nn.Module, tap: str) -> nn.Sequential:
-    """The modules of a network that runs them one after another, up to the one called `tap`; names stay."""
-    first, _, rest = tap.partition(".")
-    children = OrderedDict()
-    for name, child in network.named_children():
-        children[name] = up_to(child, rest) if rest and name == first else child
-        if name == first:
-            break
-    return nn.Sequential(children)
-
-
-def last_map(name: str, network: nn.Module) -> str:
-    """The module that gives the last feature map which is the network's own size, where that is known.
-
-    Raises:
-        UserError: it is not known.
-    """
-    import torchvision  # takes seconds
-
-    if isinstance(network, CifarNet):
-        return [child for child, _ in network.named_children() if child.startswith(("stage", "layer"))][-1]
-    if isinstance(network, torchvision.models.ResNet):
-        return "layer4"
-    raise UserError(
-        f"reuse_head: the last feature map of {name} is not known; name its module in reuse_tap "
-        f"(python -m kd.models {name} lists them)"
-    )
-
-
 @torch.no_grad()
 def averaged_map(teacher, image_shape: tuple[int, int, int]) -> list[int]:
     """The shape (C, H, W) of the map whose average a classifier's head takes, found with images of noise.
@@ -121,7 +90,7 @@ def averaged_map(teacher, image_shape: tuple[int, int, int]) -> list[int]:
     handles = [module.register_forward_hook(note) for module in modules]
     handles.append(head.register_forward_pre_hook(lambda _module, inputs: taken.append(inputs[0])))
     try:
-        teacher.eval()(_noise(image_shape).to(teacher.preprocess.scale.device))
+        teacher.eval()(noise(image_shape).to(teacher.preprocess.scale.device))
     finally:
         for handle in handles:
             handle.remove()
@@ -129,14 +98,9 @@ def averaged_map(teacher, image_shape: tuple[int, int, int]) -> list[int]:
         if mean.shape == taken[0].shape and torch.allclose(mean, taken[0], 1e-3, 1e-5):
             return shape
     raise UserError(
-        f"reuse_head: the head of the teacher, a {teacher.recipe['model']}, is not one linear layer on the average "
+        f"ReusedHead: the head of the teacher, a {teacher.recipe['model']}, is not one linear layer on the average "
         f"of a feature map; use a teacher that ends so, such as a ResNet"
     )
-
-
-def _noise(image_shape: tuple[int, int, int]) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (2, *image_shape), generator=generator, dtype=torch.uint8)
 
 
 @torch.no_grad()
@@ -153,19 +117,18 @@ def reuse_head(student, teacher, image_shape: tuple[int, int, int], tap: str | N
     """
     from kd.models import Classifier, build_network
 
-    teacher_map = averaged_map(teacher, image_shape)
-    name, noise = student.recipe["model"], _noise(image_shape)
+    teacher_map, name = averaged_map(teacher, image_shape), student.recipe["model"]
     tap = tap or last_map(name, student.network)
-    student.tap([tap])
-    expected = student.eval().outputs(noise).features[tap]
-    if expected.ndim != 4:
-        shape = "x".join(map(str, expected.shape[1:]))
-        raise UserError(f"reuse_tap {tap!r} of {name} gives {shape}; name a module that gives a map, CxHxW")
+    if tap is None:
+        raise UserError(
+            f"ReusedHead: the last feature map of {name} is not known; name its module in tap "
+            f"(python -m kd.models {name} lists them)"
+        )
     model_args = {
         "student": name,
         "student_args": student.recipe["model_args"],
         "student_tap": tap,
-        "student_map": list(expected.shape[1:]),
+        "student_map": map_shape(student, tap, image_shape, "ReusedHead: tap"),
         "teacher_map": teacher_map,
     }
     network = build_network("reused_head", len(student.classes), model_args, trust=True)
@@ -173,17 +136,7 @@ def reuse_head(student, teacher, image_shape: tuple[int, int, int], tap: str | N
     network.body.load_state_dict({key: state[key] for key in network.body.state_dict()})
     recipe = {"model": "reused_head", "model_args": model_args}
     whole = Classifier(network, student.preprocess.view, student.classes, recipe)
-    try:
-        again = network.eval().body(student.preprocess(noise))
-        # Of the largest entry: in a deep network of random weights rounding is that of numbers far above small ones.
-        same = again.shape == expected.shape and (again - expected).abs().max() <= 1e-3 * expected.abs().max()
-    except (RuntimeError, ValueError, TypeError):
-        same = False
-    if not same:
-        raise UserError(
-            f"reuse_head: {name} does not run its modules one after another up to {tap!r}, so it cannot be cut there; "
-            f"name another module in reuse_tap"
-        )
+    check_cut(network.eval().body, student, tap, image_shape, "ReusedHead")
     head = teacher.network.get_submodule(head_name(teacher.network))
     rows = [teacher.classes.index(known) for known in student.classes]
     network.fc.weight.copy_(head.weight[rows])

@@ -15,7 +15,8 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
-from kd.losses import Loss
+from kd.losses import Loss, Term
+from kd.students import Learner
 
 # What a number may be is its field's type: jsonargparse refuses all else, and `kd.run.parse` says so in words.
 Finite = restricted_number_type("Finite", float, [(">", -math.inf), ("<", math.inf)])
@@ -200,10 +201,13 @@ class TrainConfig:
     """run folder whose network gives the first weights instead"""
     losses: list[Loss] = field(default_factory=list)
     """terms of the objective, summed: class_path (a name below, or the import path of your own) and init_args"""
+    learner: Learner | None = None
+    """what is trained around the network: class_path (a name below, or the import path of your own) and init_args; null
+    for the network alone"""
     precompute: Literal["auto", "always", "never"] = "auto"
-    """auto asks what is frozen (a teacher, a backbone) once for each view of an image, and keeps that for later runs,
-    where views repeat within the epochs and the disk has room; always does so even if they hardly repeat; never asks at
-    each step"""
+    """auto computes what is frozen (a teacher, a backbone) once for each view of an image, and keeps that for later
+    runs, where views repeat within the epochs and the disk has room; always does so even if they hardly repeat; never
+    computes it at each step"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: PositiveInt = 10
     """passes over the training images"""
@@ -258,17 +262,17 @@ class TrainConfig:
             self.accumulate <= self.data.batch_size,
             f"accumulate {self.accumulate} must be from 1 to data.batch_size ({self.data.batch_size})",
         )
-        for name, loss in ((type(loss).__name__, loss) for loss in self.losses):
-            whole = "_modules" in vars(loss) and hasattr(loss, "weight")
+        for loss in (term.loss if isinstance(term, Term) else term for term in self.losses):
+            name, whole = type(loss).__name__, "_modules" in vars(loss) and hasattr(loss, "weight")
             _require(whole, f"losses: __init__ of {name} does not call super().__init__(weight)")
             _require(type(loss).forward is not Loss.forward, f"losses: {name} has no forward")
-        whole = [type(loss).__name__ for loss in self.losses if loss.sees_batch]
+        whole = [loss.name for loss in self.losses if loss.sees_batch]
         _require(
             self.accumulate == 1 or not whole,
             f"accumulate {self.accumulate}: {', '.join(whole)} compares the images of a whole batch and would "
             "see a part of it; set accumulate 1, or leave it out",
         )
-        hard = [type(loss).__name__ for loss in self.losses if loss.hard_labels]
+        hard = [loss.name for loss in self.losses if loss.hard_labels]
         mixing = " and ".join(f"data.{name}" for name in ("mixup", "cutmix") if getattr(self.data, name))
         _require(
             not (mixing and hard),
@@ -278,6 +282,11 @@ class TrainConfig:
         _require(self.output_dir != "", "output_dir is empty; name a folder")
         _require(not (self.init_from and self.weights), "give init_from or weights, not both")
         _require(self.select == "last" or self.data.val_fraction > 0, "select best needs data.val_fraction above 0")
+
+    def _compare_with_teacher(self) -> list[str]:
+        """Names of the losses that take an output of a teacher outside the learner."""
+        terms = map(Term.of, self.losses)
+        return [term.name for term in terms if term.needs_teacher and term.teacher == "teacher"]
 
 
 @dataclass
@@ -300,7 +309,7 @@ class TeacherConfig(TrainConfig, _Trained):
 
     def __post_init__(self):
         super().__post_init__()
-        comparing = [type(loss).__name__ for loss in self.losses if loss.needs_teacher]
+        comparing = self._compare_with_teacher()
         _require(not comparing, f"losses: {', '.join(comparing)} needs a teacher; use distill.py --teacher RUN")
 
 
@@ -317,30 +326,23 @@ class _Distilled:
     """run folder of the teacher, or a torchvision classifier with its ImageNet weights; a list for several"""
     teacher_mean: Literal["logits", "probabilities"] = "logits"
     """how several teachers become one: the mean of logits (geometric) or of probabilities (arithmetic)"""
-    reuse_head: bool = False
-    """keep the teacher's head, frozen, behind the student's last feature map and a projector (SimKD)"""
-    reuse_tap: str | None = None
-    """with reuse_head: the module that gives the student's last feature map; null where it is known, as in ResNets"""
 
 
 @dataclass
 class DistillConfig(TrainConfig, _Distilled):
-    """Train a student on what a teacher says and on labels."""
+    """Train a student on what teachers give, on labels, or on what it gives itself."""
 
     output_dir: str = "runs/student"
     """the run folder; $NAME in it is the environment's, $$ is a dollar"""
 
     def __post_init__(self):
         super().__post_init__()
-        _require(bool(self.teacher), "teacher is not given; name a run folder (or several) or a torchvision classifier")
-        _require(self.reuse_head or self.reuse_tap is None, f"reuse_tap {self.reuse_tap!r} needs reuse_head true")
-        if self.reuse_head:
-            teachers = 1 if isinstance(self.teacher, str) else len(self.teacher)
-            _require(teachers == 1, f"reuse_head needs one teacher, whose head it keeps, not {teachers}")
-            _require(
-                not self.freeze_backbone,
-                "reuse_head freezes the head and freeze_backbone all but the head: nothing would be trained",
-            )
+        comparing = self._compare_with_teacher()
+        _require(
+            not comparing or bool(self.teacher),
+            f"teacher is not given, and {', '.join(comparing)} compares with one; name a run folder (or several) or a "
+            "torchvision classifier, or join outputs of the learner by a Term",
+        )
 
 
 @dataclass

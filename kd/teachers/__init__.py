@@ -1,9 +1,9 @@
-"""The teacher: frozen classifiers that answer with logits in the student's class order."""
+"""Teachers: frozen classifiers by name, which give logits in the student's class order."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,91 +14,157 @@ from kd.outputs import Batch, Outputs
 from kd.util.errors import UserError, say
 
 
-class Teacher(nn.Module):
+class Teachers(nn.Module):
     """One or several frozen classifiers. Each prepares the images in its own way; all see the same augmented images.
 
     Args:
-        members: the classifiers; frozen here.
-        classes: the student's class names, which the logits are ordered by.
+        members: the classifiers by name; frozen here. Of several, `teacher` is their mean.
+        classes: the student's class names, which the logits are ordered by. A member may know fewer of them: its
+            outputs then say which.
         mean: of several members, the mean of their logits (a geometric mean of probabilities) or of `probabilities`
             (arithmetic; the result is the logarithm of the mean, so a temperature softens the mean).
+
+    Attributes:
+        names: of the outputs.
     """
 
-    def __init__(self, members: Sequence[Classifier], classes: Sequence[str], mean: str = "logits"):
+    def __init__(self, members: Mapping[str, Classifier], classes: Sequence[str], mean: str = "logits"):
         super().__init__()
-        self.members = nn.ModuleList(members)
+        self.members = nn.ModuleDict(members)
         self.mean, self.classes = mean, list(classes)
-        orders = [torch.tensor([member.classes.index(name) for name in classes]) for member in members]
-        for i, order in enumerate(orders):
-            self.register_buffer(f"order_{i}", order, persistent=False)
+        self.names = (*self.members, "teacher") if len(self.members) > 1 else tuple(self.members)
+        for name, member in self.members.items():
+            known = [i for i, one in enumerate(classes) if one in member.classes]
+            order = torch.tensor([member.classes.index(classes[i]) for i in known])
+            self.register_buffer(f"order_{name}", order, persistent=False)
+            fewer = torch.tensor(known) if len(known) < len(classes) else None
+            self.register_buffer(f"known_{name}", fewer, persistent=False)
         freeze(self)
-        self._asked: list[Classifier] = []  # the members with batch norm folded, from the first question on
+        self._used: set[str] = set()
+        self._folded: dict[str, Classifier] = {}  # with batch norm folded, from the first batch on
 
-    def tap(self, names: Iterable[str]) -> None:
-        """Let the outputs have the features of these modules, by dotted name.
+    def tap(self, name: str, taps: Iterable[str]) -> None:
+        """Let `outputs` have this name, with the features of these modules, by dotted name.
 
         Raises:
-            UserError: there are several members, or no such module.
+            UserError: features of the mean of several members, or no such module.
         """
-        if len(self.members) > 1:
-            raise UserError(f"losses on features ({', '.join(names)}) need one teacher, not {len(self.members)}")
-        self.members[0].tap(names)
-        self._asked = []
+        self._used.add(name)
+        if name in self.members:
+            self.members[name].tap(taps)
+        elif taps:
+            some = ", ".join(self.members)
+            raise UserError(
+                f"losses on features ({', '.join(taps)}) need one teacher, not the mean; name one of {some}"
+            )
+        self._folded = {}
+
+    @property
+    def used(self) -> list[str]:
+        """The names that have been tapped; where none has, the first of all or their mean."""
+        return [name for name in self.names if name in self._used] or [self.names[-1]]
 
     def _apply(self, *arguments, **named):
-        self._asked = []  # the weights go elsewhere
+        self._folded = {}  # the weights move to another place
         return super()._apply(*arguments, **named)
 
     @torch.no_grad()
-    def outputs(self, images: Tensor) -> Outputs:
-        """Logits (B, K), float32, and tapped features for uint8 images (B, C, H, W)."""
-        if not self._asked:
-            self._asked = [member.folded() for member in self.members]
+    def outputs(self, inputs: dict[str, Tensor]) -> dict[str, Outputs]:
+        """Logits (B, K), float32, and tapped features for the columns of a `Batch`, by name."""
+        if not self._folded:
+            self._folded = {name: member.folded() for name, member in self.members.items()}
+        used = self.used
+        wanted = [name for name in self.members if name in used or "teacher" in used]
+        outputs = {name: self._of(name, inputs) for name in wanted}
+        if "teacher" not in self.members and "teacher" in used:
+            outputs["teacher"] = self._mean([outputs[name].logits for name in self.members])
+        return {name: outputs[name] for name in used}
+
+    def _of(self, name: str, inputs: dict[str, Tensor]) -> Outputs:
         with torch.inference_mode():
-            said = [member.outputs(images) for member in self._asked]
-        # what is made in inference mode cannot be kept for a backward pass; indexing makes it anew
-        logits = [part.logits[:, getattr(self, f"order_{i}")].float() for i, part in enumerate(said)]
-        if len(logits) == 1:
-            return Outputs(logits[0], {name: _float(feature) for name, feature in said[0].features.items()})
+            given = self._folded[name].outputs(inputs)
+        # what is made in inference mode cannot be kept for a backward pass; indexing copies it
+        logits = given.logits[:, getattr(self, f"order_{name}")].float()
+        features = {tap: _float(feature) for tap, feature in given.features.items()}
+        return Outputs(logits, features, getattr(self, f"known_{name}"))
+
+    def _mean(self, logits: list[Tensor]) -> Outputs:
         if self.mean == "logits":
             return Outputs(torch.stack(logits).mean(0))
         log_probabilities = torch.stack(logits).log_softmax(-1)
         return Outputs(log_probabilities.logsumexp(0) - math.log(len(logits)))
 
-    def answer(self, batch: Batch) -> Outputs:
-        """What the teacher says about a batch's images."""
-        return self.outputs(batch.images)
+    def forward(self, batch: Batch) -> dict[str, Outputs]:
+        """What `outputs` gives for a batch; looked up where the batch has the columns `NAME.logits` already."""
+        if f"{self.used[0]}.logits" not in batch.inputs:
+            return self.outputs(batch.inputs)
+        outputs = {}
+        for name in self.used:
+            prefix = f"{name}.features."
+            features = {key[len(prefix) :]: column for key, column in batch.inputs.items() if key.startswith(prefix)}
+            outputs[name] = Outputs(batch.inputs[f"{name}.logits"], features, getattr(self, f"known_{name}", None))
+        return outputs
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, K)."""
-        return self.outputs(images).logits
+    def logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits (B, K) of the only member, or of the mean of all."""
+        return self.outputs(inputs)[self.names[-1]].logits
+
+    def feature_shapes(self, image_shape: tuple[int, int, int]) -> dict[str, dict[str, tuple]]:
+        """Shapes of the tapped features for one blank image, by name and tap, without the batch axis."""
+        image = torch.zeros(1, *image_shape, dtype=torch.uint8, device=next(self.parameters()).device)
+        outputs = self.outputs({"image": image})
+        return {n: {tap: tuple(f.shape[1:]) for tap, f in part.features.items()} for n, part in outputs.items()}
+
+
+def columns(outputs: dict[str, Outputs]) -> dict[str, Tensor]:
+    """Outputs by name as the columns of a batch that `Teachers.forward` looks for."""
+    found = {}
+    for name, part in outputs.items():
+        found[f"{name}.logits"] = part.logits
+        found |= {f"{name}.features.{tap}": feature for tap, feature in part.features.items()}
+    return found
 
 
 def _float(feature: Tensor) -> Tensor:
-    """In float32, and made anew."""
+    """In float32, and a copy."""
     return feature.clone() if feature.dtype == torch.float32 else feature.float()
 
 
-def load_teacher(
-    names: str | list[str], classes: Sequence[str], mean: str, device: torch.device, trust: bool = False
-) -> Teacher:
-    """A teacher from run folders, or torchvision classifiers with their ImageNet weights, by name.
+def named(teacher: str | list[str]) -> dict[str, str]:
+    """Names of a config's teachers and where each comes from: `teacher`, or `teacher1`, `teacher2`, ... of a list."""
+    if isinstance(teacher, str) or len(teacher) == 1:
+        return {"teacher": teacher if isinstance(teacher, str) else teacher[0]}
+    return {f"teacher{number}": one for number, one in enumerate(teacher, 1)}
+
+
+def load_teachers(
+    teacher: str | list[str],
+    classes: Sequence[str],
+    mean: str,
+    device: torch.device,
+    trust: bool = False,
+) -> Teachers | None:
+    """Teachers from run folders, or torchvision classifiers with their ImageNet weights, by name.
 
     A run's classes must be the student's, in any order. A torchvision classifier may know more (ImageNet's 1000): its
     logits of the student's classes are used. `trust` is that of `kd.load`.
 
+    Returns:
+        None where none is named.
+
     Raises:
         UserError: a folder is missing, unfinished, damaged or names code that is not trusted, or classes do not match.
     """
-    names = [names] if isinstance(names, str) else names
-    members = [_load_member(name, classes, trust) for name in names]
-    return Teacher(members, classes, mean).to(device)
+    if not teacher:
+        return None
+    members = {name: _load_member(one, classes, trust) for name, one in named(teacher).items()}
+    return Teachers(members, classes, mean).to(device)
 
 
-def other_sizes(teacher: Teacher, image_shape: tuple[int, int, int]) -> list[str]:
+def other_sizes(teachers: Teachers | None, image_shape: tuple[int, int, int]) -> list[str]:
     """What is to be said where a teacher was made for images of another size than the stored ones, (C, H, W)."""
     lines, (height, width) = [], image_shape[1:]
-    for member in teacher.members:
+    for member in teachers.members.values() if teachers is not None else ():
         view = member.preprocess.view
         made_for = view.source_size or (view.resize and (view.resize, view.resize)) or (height, width)
         if (height, width) != made_for and (view.source_size or min(height, width) < view.resize):

@@ -1,6 +1,6 @@
-"""A table of what a frozen network says about every image of a split, made once: for views that do not change.
+"""A table of what a frozen network gives for every image of a split, made once: for views that do not change.
 
-The network is asked in the images' order and in batches of a fixed size, so that the table does not depend on the run,
+It is computed in the images' order and in batches of a fixed size, so that the table does not depend on the run,
 on its interruptions or on the number of processes. It is checked by its checksums before use.
 """
 
@@ -27,34 +27,34 @@ LIMIT_BYTES = 4 * 2**30  # a larger table is not made: reading it back would cos
 
 
 @torch.no_grad()
-def fixed_table(kind: str, folder: Path, ask, split: Split, accelerator) -> dict[str, np.ndarray] | None:
+def fixed_table(kind: str, folder: Path, compute, split: Split, accelerator) -> dict[str, np.ndarray] | None:
     """Rows by name, float32 (N, ...), for every image of a split, from disk or made now; None if too large.
 
     Args:
-        kind: what is asked, in words.
+        kind: what is computed, in words.
         folder: where the table is; its name says what the rows depend on.
-        ask: gives the values of images by name.
+        compute: gives the values by name for the columns of a batch.
     """
-    first = ask(split.read(np.arange(1), accelerator.device)[0])
+    first = compute(split.read(np.arange(1), accelerator.device)[0])
     size = sum(4 * value.numel() for value in first.values()) * len(split)
     if size > LIMIT_BYTES:
         limit = f"{LIMIT_BYTES / 1e9:.1f} GB"
-        say(f"{kind}: asked at each step (a table would take {size / 1e9:.1f} GB, the limit is {limit})")
+        say(f"{kind}: computed at each step (a table would take {size / 1e9:.1f} GB, the limit is {limit})")
         return None
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):  # one process makes it, the others wait and find it
         found = _read(folder)
         if found is None:
-            _build(kind, folder, ask, split, first, accelerator)
+            _build(kind, folder, compute, split, first, accelerator)
             found = _read(folder)
-            how = "asked once"
+            how = "computed once"
         else:
             how = "looked up"
     say(f"{kind}: {how} for {len(split)} images, {size / 1e6:.2f} MB in {folder}")
     return found
 
 
-def _build(kind: str, folder: Path, ask, split: Split, first: dict[str, Tensor], accelerator) -> None:
+def _build(kind: str, folder: Path, compute, split: Split, first: dict[str, Tensor], accelerator) -> None:
     starts = range(0, len(split), BATCH_SIZE)
     wheres = [np.arange(start, min(start + BATCH_SIZE, len(split))) for start in starts]
     read = split.batches(wheres, accelerator.device)
@@ -67,9 +67,7 @@ def _build(kind: str, folder: Path, ask, split: Split, first: dict[str, Tensor],
                 header = {"descr": "<f4", "fortran_order": False, "shape": (len(split), *first[name].shape[1:])}
                 np.lib.format.write_array_header_1_0(file, header)
             for _ in tqdm(wheres, desc=kind, unit="batch", disable=None, leave=False):
-                with accelerator.autocast():
-                    said = ask(next(read)[0])
-                for name, value in said.items():
+                for name, value in compute(next(read)[0]).items():
                     files[name].write(value.float().cpu().numpy().astype("<f4").tobytes())
         digests = {name: _digest(Path(file.name)) for name, file in files.items()}
         with writing(folder):
@@ -97,5 +95,5 @@ def _read(folder: Path) -> dict[str, np.ndarray] | None:
             rows[name] = np.load(folder / f"{i}.npy", mmap_mode="r")
         return rows
     except (OSError, ValueError, AttributeError) as error:
-        say(f"table {folder} is damaged ({error}); it is made anew")
+        say(f"table {folder} is damaged ({error}); it is rebuilt")
         return None

@@ -1,13 +1,13 @@
-"""A table on disk of what a frozen network says about every view of every image, filled as the views come up.
+"""A table on disk of what a frozen network gives for every view of every image, filled as the views come up.
 
 One file of records, one for each (image, view): a mark of four bytes and the values as float16. The file is made with
-holes, so that it takes the space of what is filled. A record is written in one go by whoever asked the network first;
+holes, so that it takes the space of what is filled. A record is written in one go by whoever computed it first;
 its mark is the CRC-32 of its content, begun with its place. So a record that was torn by a crash, lost by another
-machine's cache of the same page, or damaged on the disk is not read: the network is asked again. No process waits for
+machine's cache of the same page, or damaged on the disk is not read: it is computed again. No process waits for
 another, and several runs may fill one table.
 
-Values come back rounded to float16 (to one part in 2,048) whether they were found or just asked, so a run that goes on
-after an interruption reads what it computed before. What float16 cannot hold is not kept and not rounded.
+Values come back rounded to float16 (to one part in 2,048) whether they were found or just computed, so a run that
+resumes after an interruption reads what it computed before. What float16 cannot hold is not kept and not rounded.
 """
 
 from __future__ import annotations
@@ -57,38 +57,42 @@ class ViewTable:
             why = _unfit(folder, meta, self._type.itemsize) if folder.exists() else "absent"
             if why:
                 if folder.exists():
-                    say(f"table {folder} is damaged ({why}); it is made anew")
+                    say(f"table {folder} is damaged ({why}); it is rebuilt")
                 _make(folder, meta, self._type.itemsize)
         self._file = open(folder / "rows.bin", "r+b", buffering=0)  # noqa: SIM115 (open as long as the table)
         self._rows = np.memmap(self._file, self._type, "r")
 
     def look(
-        self, lookup: Tensor | None, images: Tensor, ask: Callable[[Tensor], dict[str, Tensor]]
+        self,
+        lookup: Tensor | None,
+        inputs: dict[str, Tensor],
+        compute: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """Values by name, float32 (B, ...) on the images' device; what is not there yet is asked, and kept.
+        """Values by name, float32 (B, ...) on the inputs' device; what is not there yet is computed, and kept.
 
         Args:
-            lookup: int64 (B, 2) on the CPU, image and view; None to ask without keeping.
-            images: uint8 (B, C, H, W), these views.
-            ask: gives the values of images by name.
+            lookup: int64 (B, 2) on the CPU, image and view; None to compute without keeping.
+            inputs: columns of these views, of B rows.
+            compute: gives the values by name for the columns of a batch.
         """
         if lookup is None:
-            return ask(images)
+            return compute(inputs)
+        device = inputs["image"].device
         rows = (lookup[:, 0] * self.num_views + lookup[:, 1]).numpy()
         announce(self._rows, rows)
         records = self._rows[rows]
         missing = np.flatnonzero(records["mark"] != _marks(records, rows))
         if len(missing):
-            said = ask(
-                images if len(missing) == len(rows) else images[to_device(torch.from_numpy(missing), images.device)]
-            )
-            exact = {name: value.float().cpu().numpy() for name, value in said.items()}
+            if len(missing) < len(rows):
+                where = to_device(torch.from_numpy(missing), device)
+                inputs = {name: column[where] for name, column in inputs.items()}
+            exact = {name: value.float().cpu().numpy() for name, value in compute(inputs).items()}
             fits = self._keep(records, rows, missing, exact)
         values = {name: records[name].astype(np.float32) for name in self._names}
         if len(missing) and not fits.all():
             for name in self._names:
                 values[name][missing[~fits]] = exact[name][~fits]
-        return {name: to_device(torch.from_numpy(value), images.device) for name, value in values.items()}
+        return {name: to_device(torch.from_numpy(value), device) for name, value in values.items()}
 
     def _keep(self, records, rows, missing, exact: dict[str, np.ndarray]) -> np.ndarray:
         """Put values into these records and into the table; returns which of them float16 can hold."""
@@ -108,7 +112,7 @@ class ViewTable:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             self._full = True
-            say(f"table {self.folder}: the disk is full; what is not in it is asked at each step from here on")
+            say(f"table {self.folder}: the disk is full; what is not in it is computed at each step from here on")
         return fits
 
     def filled(self, images: np.ndarray) -> float:

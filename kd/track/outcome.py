@@ -49,7 +49,7 @@ def hardest(
 
     Args:
         logits: (N, K), of the split's images in its order; labels (N,).
-        teacher: is asked what it says about them; None where there is none.
+        teacher: `kd.teachers.Teachers`, whose predictions are shown too; None where there are none.
         device: where the teacher is.
 
     Returns:
@@ -58,14 +58,16 @@ def hardest(
     """
     losses = F.cross_entropy(logits.double(), labels, reduction="none")
     where = losses.argsort(descending=True, stable=True)[:count]
-    images = split.read(where.numpy(), device)[0]
-    said = {"": logits[where]} if teacher is None else {"": logits[where], "teacher_": teacher(images).cpu()}
+    inputs = split.read(where.numpy(), device)[0]
+    images, scores_of = inputs["image"], {"": logits[where]}
+    if teacher is not None:
+        scores_of["teacher_"] = teacher.logits(inputs).cpu()
     rows = []
     for i, position in enumerate(where.tolist()):
         pixels = images[i].permute(1, 2, 0).cpu().numpy()
         pixels = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
         row = {"image": _enlarged(pixels, SIDE), "position": position, "label": classes[int(labels[position])]}
-        for who, scores in said.items():
+        for who, scores in scores_of.items():
             probability, best = scores[i].double().softmax(0).max(0)
             row |= {f"{who}prediction": classes[int(best)], f"{who}probability": probability.item()}
         rows.append({**row, "loss": losses[position].item()})

@@ -38,7 +38,7 @@ class Progress:
 
     step: optimizer steps done.
     sums: running sums of the open log interval and epoch, by name.
-    best: {"epoch", "val_accuracy"} of the best validation so far.
+    best: {"epoch", "val_accuracy"} of the best validation so far, by network.
     metrics_bytes: length of metrics.jsonl; what was written after it is cut off on resume.
     seconds: training time so far, over all starts.
     scaler: the state of fp16's loss scale.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kd.outputs import Batch, Outputs
@@ -43,7 +43,9 @@ class Engine:
     def param_groups(self) -> list[dict]:
         return self._optimizer.param_groups
 
-    def forward_backward(self, batch: Batch, teacher: Outputs | None, share: float, last: bool) -> dict[str, Tensor]:
+    def forward_backward(
+        self, batch: Batch, teachers: dict[str, Outputs], share: float, last: bool
+    ) -> dict[str, Tensor]:
         """The terms of a micro-batch; their gradients are added to those of the step's micro-batches before.
 
         Args:
@@ -54,7 +56,7 @@ class Engine:
             share_loss_buffers(self.distiller.losses.values())
         with self._accumulating(last):
             with self.accelerator.autocast():  # Accelerate's own wrapper does this too, but not under FSDP2
-                terms = self.model(batch, teacher)
+                terms = self.model(batch, teachers)
             loss = sum(terms.values())
             self._backward(loss if share == 1 else loss * share)
         return terms
@@ -86,9 +88,15 @@ class Engine:
                 buffer.copy_(value)
         self.settled = True
 
-    def update(self, wants_norm: bool) -> Tensor | None:
-        """Clip the gradients, step, drop them. Returns their norm, where it is wanted: a scalar on the device."""
+    def update(self, wants_norm: bool, still: Iterable[nn.Parameter] = ()) -> Tensor | None:
+        """Clip the gradients, step, drop them. Returns their norm, where it is wanted: a scalar on the device.
+
+        Args:
+            still: parameters that do not move in this step.
+        """
         norm = None
+        for parameter in still:
+            parameter.grad = None
         if self.clip_norm is not None:
             norm = self.accelerator.clip_grad_norm_(self.distiller.parameters(), self.clip_norm)
         elif wants_norm:
@@ -135,7 +143,7 @@ class ZeroEngine(Engine):
     def _backward(self, loss: Tensor) -> None:
         self.model.backward(loss)
 
-    def update(self, wants_norm: bool) -> Tensor | None:
+    def update(self, wants_norm: bool, still: Iterable[nn.Parameter] = ()) -> Tensor | None:
         self.model.step()  # clips, as it was told to at the start
         norm = self.model.get_global_grad_norm()
         return torch.as_tensor(norm) if wants_norm or self.clip_norm is not None else None

@@ -20,41 +20,43 @@ class Meter:
     def __init__(self, names: list[str], device: torch.device, sums: dict, is_main: bool):
         self.names = [*names, "loss"]
         self._device = device
-        self._kept: list[tuple[list[Tensor], int, int]] = []  # terms, images, step
-        self._sums = dict.fromkeys((*self.names, "images"), 0.0)
+        self._kept: list[tuple[dict[str, Tensor], int, int]] = []  # terms, images, step
+        self._sums, self._images = dict.fromkeys(self.names, 0.0), dict.fromkeys(self.names, 0.0)
         self._bad, self._culprits = -1, []
-        self._epoch = dict(sums.get("epoch", {}))
+        self._epoch = {name: list(pair) for name, pair in sums.get("epoch", {}).items()}
         self._interval_start, self._epoch_images, self._epoch_start = time.perf_counter(), 0.0, time.perf_counter()
         if "interval" in sums and is_main:
-            self._sums = {name: sums["interval"][name] for name in self._sums}
+            for name, (total, images) in sums["interval"].items():
+                self._sums[name], self._images[name] = total, images
 
     def add(self, terms: dict[str, Tensor], num_images: int, step: int) -> None:
         """Keep a step's terms; nothing is computed or read yet, so that a step costs next to nothing."""
-        self._kept.append(([term.detach() for term in terms.values()], num_images, step))
+        self._kept.append(({name: term.detach() for name, term in terms.items()}, num_images, step))
 
     def _read(self) -> None:
         """Add what was kept to the sums, one step after another: where it is read must not change a bit of them."""
         if not self._kept:
             return
-        values = torch.stack([torch.stack(terms) for terms, _, _ in self._kept]).tolist()
-        for row, (_, num_images, step) in zip(values, self._kept, strict=True):
-            row.append(sum(row))
-            if self._bad < 0 and not math.isfinite(row[-1]):
+        values = iter(torch.stack([term for terms, _, _ in self._kept for term in terms.values()]).tolist())
+        for terms, num_images, step in self._kept:
+            row = {name: next(values) for name in terms}
+            row["loss"] = sum(row.values())
+            if self._bad < 0 and not math.isfinite(row["loss"]):
                 self._bad = step + 1
-                bad = [name for name, value in zip(self.names, row[:-1], strict=False) if not math.isfinite(value)]
-                self._culprits = bad if len(bad) < len(row) - 1 else []
-            if num_images:
-                for name, value in zip(self.names, row, strict=True):
-                    self._sums[name] += value * num_images
-                self._sums["images"] += num_images
+                bad = [name for name in terms if not math.isfinite(row[name])]
+                self._culprits = bad if len(bad) < len(terms) else []
+            for name, value in row.items() if num_images else ():
+                self._sums[name] += value * num_images
+                self._images[name] += num_images
         self._kept.clear()
 
-    def _summed(self, accelerator) -> dict[str, float]:
-        """The open sums over all processes."""
+    def _summed(self, accelerator) -> dict[str, list[float]]:
+        """The open sums over all processes, and over how many images each is."""
         self._read()
         dtype = torch.float32 if self._device.type == "mps" else torch.float64
-        mine = torch.tensor(list(self._sums.values()), dtype=dtype, device=self._device)
-        return dict(zip(self._sums, accelerator.reduce(mine, "sum").tolist(), strict=True))
+        mine = torch.tensor([*self._sums.values(), *self._images.values()], dtype=dtype, device=self._device)
+        both = accelerator.reduce(mine, "sum").view(2, -1).T.tolist()
+        return dict(zip(self.names, both, strict=True))
 
     def check(self, accelerator, lr: float, saved_step: int | None) -> None:
         """Raise a UserError, on all processes, if any step since the start was not finite on any of them."""
@@ -76,23 +78,24 @@ class Meter:
         """
         self.check(accelerator, lr, saved_step)
         sums = self._summed(accelerator)
-        images = sums["images"]
-        for name, value in sums.items():
-            self._epoch[name] = self._epoch.get(name, 0.0) + value
+        images = sums["loss"][1]
+        for name, (total, count) in sums.items():
+            before = self._epoch.get(name, (0.0, 0.0))
+            self._epoch[name] = [before[0] + total, before[1] + count]
         now = time.perf_counter()
-        row = {f"train/{name}": sums[name] / images for name in self.names}
+        row = {f"train/{name}": total / count for name, (total, count) in sums.items() if count}
         norm = (norm.full_tensor() if is_shared_out(norm) else norm).item()
         row["gradient_norm"] = norm if math.isfinite(norm) else None
         row["images_per_second"] = images / (now - self._interval_start)
         row["peak_memory_mb"] = peak_memory_mb(self._device)
         self._epoch_images += images
         self._interval_start = now
-        self._sums = dict.fromkeys(self._sums, 0.0)
+        self._sums, self._images = dict.fromkeys(self.names, 0.0), dict.fromkeys(self.names, 0.0)
         return row
 
     def end_epoch(self) -> dict[str, float]:
         """The terms' means over the epoch's images; the speed is that since the epoch's start or the last restart."""
-        row = {f"epoch/{name}": self._epoch[name] / self._epoch["images"] for name in self.names}
+        row = {f"epoch/{name}": total / count for name, (total, count) in self._epoch.items() if count}
         now = time.perf_counter()
         row["epoch/images_per_second"] = self._epoch_images / (now - self._epoch_start)
         self._epoch, self._epoch_images = {}, 0.0

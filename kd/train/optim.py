@@ -45,3 +45,9 @@ def learning_rate(config: OptimizerConfig, step: int, total: int, per_epoch: int
     if config.schedule == "multistep":
         return config.lr * config.gamma ** sum(step // per_epoch >= epoch for epoch in config.milestones)
     return config.lr
+
+
+def total_steps(config, num_images: int) -> int:
+    """Optimizer steps of a whole run on so many training images."""
+    steps = config.epochs * -(-num_images // config.data.batch_size)
+    return steps if config.max_steps is None else min(steps, config.max_steps)

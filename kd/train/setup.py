@@ -13,14 +13,18 @@ from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch import nn
 
+from kd import keyed
 from kd.data import Data, Views
-from kd.models import Classifier, View, build_classifier, load_classifier, reuse_head
+from kd.losses import Setting
+from kd.models import Classifier, View, build_classifier, load_classifier
 from kd.run.folder import Run
-from kd.teachers import Teacher
+from kd.students import Learner, Making, Plain
+from kd.teachers import Teachers
 from kd.track import tracker_arguments
 from kd.train import zero
 from kd.train.distiller import Distiller
 from kd.train.launched import note_launcher
+from kd.train.optim import total_steps
 from kd.util.errors import UserError, say
 from kd.util.machine import end_with_parent, missing_compiler, share_of_cores
 from kd.util.own_code import described, own_place
@@ -157,7 +161,7 @@ def build_trained(name: str, data: Data, config) -> Classifier:
     """
     settings = config.data
     view = View(settings.resize, settings.crop, settings.channels, settings.mean, settings.std, data.image_shape[1:])
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # of the first weights
     classifier = build_classifier(name, data.classes, view, config.model_args, config.weights, config.freeze_backbone)
     if config.init_from:
         first = load_classifier(config.init_from, trust=config.trust_code)
@@ -174,19 +178,31 @@ def build_trained(name: str, data: Data, config) -> Classifier:
     return classifier
 
 
-def build_student(data: Data, config, teacher: Teacher) -> Classifier:
-    """The student to train, with the teacher's head behind it where `config.reuse_head` says so.
+def build_learner(network: Classifier, teachers: Teachers | None, data: Data, config) -> Learner:
+    """The learner that the config names, around the run's own network.
 
-    `config.weights` and `config.init_from` are the student's own first weights, as it was before.
+    `config.weights` and `config.init_from` are that network's first weights; others have theirs by a seed of their own.
 
     Raises:
-        UserError: as `build_trained` and `reuse_head`.
+        UserError: the learner does not suit the network or the teachers.
     """
-    student = build_trained(config.student, data, config)
-    if not config.reuse_head:
-        return student
+    view, learner = network.preprocess.view, config.learner or Plain()
+
+    def make(name: str, model_args: dict, number: int) -> Classifier:
+        torch.manual_seed(keyed.key(config.seed, keyed.Purpose.MEMBER, number) & (2**63 - 1))
+        classifier = build_classifier(name, data.classes, view, model_args)
+        check_images(classifier, data, name)
+        return classifier
+
     torch.manual_seed(config.seed)
-    return reuse_head(student, teacher.members[0], data.image_shape, config.reuse_tap)
+    learner.setup(network, Making(make, teachers, data.image_shape))
+    return learner
+
+
+def build_distiller(learner: Learner, teachers: Teachers | None, data: Data, config) -> Distiller:
+    """The learner with the terms of its objective; see `Distiller` for the errors."""
+    setting = Setting(labels=data.train_labels, epochs=config.epochs, steps=total_steps(config, len(data.train)))
+    return Distiller(learner, config.losses, teachers, data.image_shape, setting, config.seed)
 
 
 def choose_batch_norm(distiller: Distiller, config, accelerator: Accelerator) -> None:
@@ -218,7 +234,7 @@ def choose_batch_norm(distiller: Distiller, config, accelerator: Accelerator) ->
 
 
 def compile_step(distiller: Distiller, config, accelerator: Accelerator, backend="inductor") -> None:
-    """Compile the student and the losses as one, where `config.compile` says so; evaluation uses the student as it is.
+    """Compile the learner and the losses as one, where `config.compile` says so; evaluation uses the student as it is.
 
     Every size of batch has a graph of its own. Had it one for all sizes, which graph a step uses would depend on the
     steps before it, and a run that was resumed would round otherwise than one that was not.
@@ -234,7 +250,7 @@ def compile_step(distiller: Distiller, config, accelerator: Accelerator, backend
     if missing := missing_compiler(accelerator.device):
         raise UserError(f"compile true needs {missing}; {remedy}")
     torch.compiler.config.recompile_limit = 64  # sizes of batch by branches of losses that look at the epoch
-    torch.compiler.config.dynamic_sources = r".*\.epoch"
+    torch.compiler.config.dynamic_sources = r".*\.(epoch|step)"
     options = {"deterministic": True} if config.deterministic else None  # of inductor
     distiller.compile(backend=backend, dynamic=False, options=options)
     say("compiled: student and losses; the first step of each size of batch waits for it")
@@ -274,16 +290,14 @@ def check_images(classifier: Classifier, data: Data, name: str) -> None:
 
 def announce(distiller: Distiller, data: Data, config, accelerator: Accelerator) -> None:
     """Say in a few lines what will be trained on what."""
-    classifier = distiller.student
-    trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in classifier.parameters())
-    frozen = f", {total - trained:,} of them frozen" if trained < total else ""
     val = f"{len(data.val)} validation" if data.val else "no validation"
     counts = f"{len(data.train)} train, {val}, {len(data.test)} test images, {len(data.classes)} classes"
     say(f"data: {config.data.source}: {counts}")
     if not (views := Views.of(config.data)).plain:
         say(f"views: {views.words()}")
-    say(f"network: {classifier.recipe['model']}, {total:,} parameters{frozen}")
+    for name, network in distiller.learner.networks.items():
+        label = "network" if name == "student" else name
+        say(f"{label}: {network.recipe['model']}, {_sizes(network)}")
     say(f"objective: {distiller.objective()}")
     world, batch = accelerator.num_processes, config.data.batch_size
     shares = f"batch {batch} = {world} x {batch // world}"
@@ -295,3 +309,9 @@ def announce(distiller: Distiller, data: Data, config, accelerator: Accelerator)
     left_to_us = config.mixed_precision == "auto" and accelerator.mixed_precision == "no"
     if left_to_us and accelerator.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
         say("this CPU has bf16 instructions: --mixed_precision bf16 is faster for many networks, see docs/step.md")
+
+
+def _sizes(network: nn.Module) -> str:
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in network.parameters())
+    return f"{total:,} parameters{f', {total - trained:,} of them frozen' if trained < total else ''}"

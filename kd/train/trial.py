@@ -32,12 +32,12 @@ def scalar(name: str, value: object, batch: Batch) -> Tensor:
     return value.mean() if value.dim() else value
 
 
-def try_first_batch(distiller: nn.Module, answer: Callable | None, data: Data, config, accelerator) -> None:
+def try_first_batch(distiller: nn.Module, teachers: Callable | None, data: Data, config, accelerator) -> None:
     """Take a few training images forward and backward, and leave everything as it was: no byte of the run changes.
 
     Args:
         distiller: moved to the accelerator's device, unless FSDP2 will share it out.
-        answer: the teacher's outputs for a batch.
+        teachers: gives their outputs for a batch, by name.
 
     Raises:
         UserError: the network or a loss of the user's own fails, or a loss cannot be trained on.
@@ -49,8 +49,9 @@ def try_first_batch(distiller: nn.Module, answer: Callable | None, data: Data, c
     try:
         with _unchanged(distiller.to(device).train()), blamed(what):
             batch, _ = batches.read(0, device)
+            batch.turn = distiller.learner.turn(0)
             with accelerator.autocast():
-                terms = distiller(batch, answer(batch) if answer is not None else None)
+                terms = distiller(batch, teachers(batch) if teachers is not None else {})
             for name, term in terms.items():
                 if not term.detach().isfinite():
                     raise UserError(

@@ -33,7 +33,7 @@ from refusing import (  # noqa: F401 (fixtures)
 )
 
 from kd.models import build_network, load_classifier
-from kd.teachers import load_teacher
+from kd.teachers import load_teachers
 from kd.train.checkpoint import checkpoints, load_newest
 
 # Names and values
@@ -456,7 +456,7 @@ def test_teacher_of_the_same_classes_in_another_order(train, teacher, runs):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 1, 8, 8), dtype=np.uint8))
     classes = [str(i) for i in range(10)]
     raw = load_classifier(runs / "teacher")(images)
-    logits = load_teacher(str(teacher), classes, "logits", torch.device("cpu")).outputs(images).logits
+    logits = load_teachers(str(teacher), classes, "logits", torch.device("cpu")).logits({"image": images})
     assert not torch.equal(logits, raw)
     for place, name in enumerate(order):
         assert torch.equal(logits[:, name], raw[:, place])

@@ -113,8 +113,9 @@ def test_a_corrupted_split_reads_its_own_images_and_leaves_the_store():
     split = load_data(DataConfig()).test
     before = split.store.images.copy()
     worse = CorruptedSplit(split.store, split.places, "gaussian_noise", 2)
-    images, labels, index = worse.read(np.array([3, 9]), torch.device("cpu"))
+    columns, labels, index = worse.read(np.array([3, 9]), torch.device("cpu"))
     clean, same, places = split.read(np.array([3, 9]), torch.device("cpu"))
+    images, clean = columns["image"], clean["image"]
     assert labels.equal(same)
     assert index.equal(places)
     assert images.equal(corrupt(clean, places, "gaussian_noise", 2))

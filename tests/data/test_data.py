@@ -85,7 +85,7 @@ def test_val_folder_beside_test_is_validation(image_folder, load):
         write_image(image_folder / "val" / name / "0.png", (99, 99, 99), seed=i)
     data = load(image_folder)
     assert (len(data.train), len(data.val), len(data.test)) == (36, 3, 12)
-    images = data.val.read(np.arange(3), CPU)[0]
+    images = data.val.read(np.arange(3), CPU)[0]["image"]
     assert np.array_equal(images, [rgb(path) for path in files_of(image_folder, "val")])
 
 
@@ -123,7 +123,8 @@ def test_folders_below_a_class_belong_to_it(image_folder, load):
 
 def test_pixels_are_exactly_those_of_pil(image_folder, load):
     data = load(image_folder, val_fraction=0)
-    images, labels, index = data.train.read(np.arange(36), CPU)
+    columns, labels, index = data.train.read(np.arange(36), CPU)
+    images = columns["image"]
     paths = files_of(image_folder, "train")
     assert images.dtype == torch.uint8
     assert np.array_equal(images, [rgb(path) for path in paths])
@@ -267,7 +268,7 @@ def test_parquet_folder(parquet, load, column):
     assert data.classes == ["cat", "dog"]
     assert data.train.labels.tolist() == [0, 1] * 4
     expected = [noise(6, 5, 3, seed=800 + i).transpose(2, 0, 1) for i in range(8)]
-    assert np.array_equal(data.train.read(np.arange(8), CPU)[0], expected)
+    assert np.array_equal(data.train.read(np.arange(8), CPU)[0]["image"], expected)
     assert len(data.test) == 4
 
 
@@ -572,7 +573,7 @@ def test_what_a_batch_holds():
     order = keyed.permutation(keyed.key(5, keyed.Purpose.ORDER, 1), 26).numpy()[12:24]
     assert weight == 1
     assert batch.index.tolist() == (order + 3).tolist()
-    assert np.array_equal(batch.images, split.store.images[order + 3])
+    assert np.array_equal(batch.inputs["image"], split.store.images[order + 3])
     assert np.array_equal(batch.labels, split.store.labels[order + 3])
     assert torch.equal(batch.keys, keyed.keys(keyed.key(5, keyed.Purpose.DROPOUT, 1), batch.index))
 
@@ -582,7 +583,7 @@ def test_views_are_keyed_by_epoch_and_image():
     batch, _ = batches(split).read(4, CPU)
     keys = keyed.keys(keyed.key(5, keyed.Purpose.VIEW, 1), batch.index)
     plain = torch.from_numpy(split.store.images[batch.index.numpy()])
-    assert torch.equal(batch.images, augment(plain, keys, True, 2))
+    assert torch.equal(batch.inputs["image"], augment(plain, keys, True, 2))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])

@@ -297,7 +297,7 @@ def test_cross_entropy_takes_mixed_labels_as_the_mixture_of_two():
         loss = LOSSES["CrossEntropy"](label_smoothing=smoothing)
         from kd.outputs import Batch, Outputs
 
-        value = loss(Outputs(logits), None, Batch(torch.empty(0), soft, one))
+        value = loss(Outputs(logits), None, Batch({}, soft, one))
         log = [
             torch.nn.functional.cross_entropy(logits, part, label_smoothing=smoothing, reduction="none")
             for part in (one, other)
@@ -364,7 +364,7 @@ def test_mixed_images_and_labels_are_of_the_same_partner():
     batch, _ = source.read(0, CPU)
     plain, _ = batches(source.split, view=False).read(0, CPU)
     assert torch.equal(batch.index, plain.index)
-    for image, label, own in zip(batch.images, batch.labels, plain.images, strict=True):
+    for image, label, own in zip(batch.inputs["image"], batch.labels, plain.inputs["image"], strict=True):
         share = (image == own).all(0).float().mean().item()
         classes = label.nonzero()[:, 0].tolist()
         assert label.sum().item() == pytest.approx(1)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from learners import AsTeachers, alone
 
 from kd.losses import (
     KL,
@@ -81,7 +82,7 @@ def test_cross_entropy_equals_the_float64_reference(num_classes, smoothing):
     torch.manual_seed(0)
     logits, labels = 3 * torch.randn(7, num_classes, dtype=torch.double), torch.randint(0, num_classes, (7,))
     loss = CrossEntropy(label_smoothing=smoothing)
-    value = loss(Outputs(logits), None, Batch(torch.empty(7, 0), labels, labels))
+    value = loss(Outputs(logits), None, Batch({}, labels, labels))
     assert value.item() == pytest.approx(reference_cross_entropy(logits, labels, smoothing), rel=1e-12)
 
 
@@ -100,8 +101,8 @@ class Given(torch.nn.Module):
     def tap(self, names):
         assert set(names) <= set(self.features)
 
-    def outputs(self, images, keys=None):
-        count = len(self.logits) if images is None else len(images)
+    def outputs(self, inputs, keys=None):
+        count = len(inputs["image"]) if "image" in inputs else len(self.logits)
         return Outputs(self.logits[:count], {name: feature[:count] for name, feature in self.features.items()})
 
 
@@ -127,19 +128,14 @@ def candidates(name, num_classes=5, size=6, logits=None, **arguments):
         labels = everywhere[:size]
         try:
             loss = LOSSES[name](**taps, **arguments)
-            distiller = Distiller(student, [loss], teacher, (3, 16, 16), everywhere, seed=0)
+            setting = Setting(labels=everywhere)
+            distiller = Distiller(alone(student), [loss], AsTeachers(teacher), (3, 16, 16), setting, seed=0)
         except UserError as error:
             refusal = error
             continue
-        batch = Batch(torch.empty(size, 0), labels, torch.arange(size), torch.arange(size) + 1000)
-        said = teacher.outputs(None)
-        said = Outputs(said.logits.float(), {name: feature.float() for name, feature in said.features.items()})
-        yield distiller, said, batch
+        batch = Batch({}, labels, torch.arange(size), torch.arange(size) + 1000)
+        yield distiller, teacher.outputs({}).float(), batch
     raise refusal
-
-
-def _images(outputs, rows):
-    return Outputs(outputs.logits[rows], {name: feature[rows] for name, feature in outputs.features.items()})
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -151,9 +147,9 @@ def test_a_loss_that_sees_the_batch_says_so(name):
         loss.eval()  # batch norm sees what it is given, in a loss as in a network
 
     def value(rows, whole):
-        student = distiller.student.outputs(batch.images)
-        parts = (tensor[rows] for tensor in (batch.images, batch.labels, batch.index, batch.keys))
-        return loss(_images(student, rows), _images(teacher, rows), Batch(*parts, whole=whole)).item()
+        student = distiller.learner.student.outputs({})
+        parts = (tensor[rows] for tensor in (batch.labels, batch.index, batch.keys))
+        return loss(student.rows(rows), teacher.rows(rows), Batch({}, *parts, whole=whole)).item()
 
     if loss.sees_batch:
         with pytest.raises(UserError, match="set accumulate 1"):
@@ -163,12 +159,8 @@ def test_a_loss_that_sees_the_batch_says_so(name):
     assert mean == pytest.approx(value(slice(0, 6), whole=True), rel=1e-5)
 
 
-def detached(outputs):
-    return Outputs(outputs.logits.detach(), {name: feature.detach() for name, feature in outputs.features.items()})
-
-
 def value_of(distiller, teacher, batch):
-    return next(iter(distiller(batch, detached(teacher)).values()))
+    return next(iter(distiller(batch, {"teacher": teacher.detach()}).values()))
 
 
 def gradients(module):
@@ -222,7 +214,7 @@ def test_no_loss_sends_a_gradient_into_the_teacher_by_way_of_its_targets_alone(n
     found = []
     for keep in (True, False):
         distiller, teacher, batch = build(name)
-        sum(distiller(batch, teacher if keep else detached(teacher)).values()).backward()
+        sum(distiller(batch, {"teacher": teacher if keep else teacher.detach()}).values()).backward()
         found.append(gradients(distiller))
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(gradient, found[1][key]) for key, gradient in found[0].items())
@@ -378,7 +370,7 @@ def test_soft_losses_equal_loops():
 def test_double_softmax_cannot_be_sure():
     sure = 1000 * torch.eye(10, dtype=torch.double)
     labels = torch.arange(10)
-    batch = Batch(torch.empty(10, 0), labels, labels)
+    batch = Batch({}, labels, labels)
     assert CrossEntropy()(Outputs(sure), None, batch).item() == 0
     assert DoubleSoftmax()(Outputs(sure), None, batch).item() == pytest.approx(math.log(math.e + 9) - 1, rel=1e-12)
 
@@ -400,14 +392,14 @@ def test_features_that_cannot_be_compared_are_refused(loss, shapes, words):
 def test_terms_of_one_class_are_told_apart():
     logits = torch.randn(3, 4)
     labels = torch.zeros(3, dtype=torch.long)
-    distiller = Distiller(Given(logits, 2), [KL(2.0), KL(4.0, weight=0.5), CrossEntropy(weight=0.1)])
-    terms = distiller(Batch(torch.empty(3, 0), labels, labels), Outputs(torch.randn(3, 4)))
+    terms = [KL(2.0), KL(4.0, weight=0.5), CrossEntropy(weight=0.1)]
+    distiller = Distiller(alone(Given(logits, 2)), terms, AsTeachers(Given(logits, 2)))
+    terms = distiller(Batch({}, labels, labels), {"teacher": Outputs(torch.randn(3, 4))})
     assert list(terms) == ["KL", "KL_2", "CrossEntropy"]
     assert (
         distiller.objective()
         == "1 * KL(temperature=2.0) + 0.5 * KL_2(temperature=4.0) + 0.1 * CrossEntropy(label_smoothing=0.0)"
     )
-    assert distiller.needs_teacher == ["KL", "KL_2"]
 
 
 def test_golden_values():

@@ -7,6 +7,7 @@ import math
 import children
 import pytest
 import torch
+from learners import AsTeachers, alone
 from torch.nn.parallel import DistributedDataParallel
 
 from kd import keyed
@@ -31,7 +32,7 @@ def step(number, dtype=torch.double):
     index = BATCHES[number % 2]
     torch.manual_seed(100 + number)
     student, teacher = torch.randn(len(index), 3, dtype=dtype), torch.randn(len(index), 2, 1, 3, dtype=dtype)
-    return student, teacher, Batch(None, LABELS[index], index, keyed.keys(keyed.key(number), index))
+    return student, teacher, Batch({}, LABELS[index], index, keyed.keys(keyed.key(number), index))
 
 
 def said(loss, student, teacher, batch):
@@ -301,8 +302,8 @@ class Net(torch.nn.Module):
     def tap(self, names):
         assert names == ["pool"]
 
-    def outputs(self, images, keys=None):
-        feature = self.layer(images.float().flatten(1))
+    def outputs(self, inputs, keys=None):
+        feature = self.layer(inputs["image"].float().flatten(1))
         return Outputs(feature, {"pool": feature})
 
 
@@ -315,7 +316,8 @@ def run_steps(rank, count):
     torch.manual_seed(0)
     student, teacher = Net(3), Net(4)
     loss = CRD("pool", "pool", negatives=5, dimensions=4)
-    distiller = Distiller(student, [loss], teacher, (1, 2, 3), LABELS, seed=1)
+    teachers = AsTeachers(teacher)
+    distiller = Distiller(alone(student), [loss], teachers, (1, 2, 3), Setting(labels=LABELS), seed=1)
     model = DistributedDataParallel(distiller) if count > 1 else distiller
     images = torch.arange(72).view(12, 1, 2, 3).mul(7919).remainder(251).to(torch.uint8)
     seen = []
@@ -324,8 +326,9 @@ def run_steps(rank, count):
         part = whole.split(counts)[rank] if count > 1 else whole
         share = len(part) * count / len(whole)
         index = part if len(part) else whole[:1]
-        batch = Batch(images[index], LABELS[index], index, keyed.keys(number, index), 0, counts if count > 1 else None)
-        value = model(batch, teacher.outputs(batch.images))["CRD"] * share
+        counts = counts if count > 1 else None
+        batch = Batch({"image": images[index]}, LABELS[index], index, keyed.keys(number, index), 0, counts)
+        value = model(batch, teachers(batch))["CRD"] * share
         model.zero_grad()
         value.backward()
         seen.append((value.item(), [p.grad.clone() for p in distiller.parameters()]))

@@ -66,7 +66,7 @@ def normed(vector):
 
 def batch_of(count, epoch=0):
     rows = torch.arange(count)
-    return Batch(torch.empty(count, 0), rows, rows, rows, epoch)
+    return Batch({}, rows, rows, rows, epoch)
 
 
 def run(loss, student, teacher, epoch=0):

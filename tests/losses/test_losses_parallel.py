@@ -9,11 +9,11 @@ import children
 import pytest
 import torch
 import torch.distributed as dist
-from test_losses import Given, build, detached
+from test_losses import Given, build
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd.losses import LOSSES
-from kd.outputs import Batch, Outputs
+from kd.outputs import Batch
 
 pytestmark = pytest.mark.slow
 
@@ -23,10 +23,6 @@ PARTS = {2: [(5, 2), (7, 0), (1, 0)], 3: [(4, 2, 1), (5, 2, 0)]}
 NUM_STEPS = 2
 
 
-def of(outputs: Outputs, rows: slice) -> Outputs:
-    return Outputs(outputs.logits[rows], {name: feature[rows] for name, feature in outputs.features.items()})
-
-
 class Part(torch.nn.Module):
     """A `Given` student that is asked about some of its images only; its gradients are at these images' rows."""
 
@@ -34,8 +30,8 @@ class Part(torch.nn.Module):
         super().__init__()
         self.whole, self.rows = whole, rows
 
-    def outputs(self, images, keys=None):
-        return of(self.whole.outputs(None), self.rows)
+    def outputs(self, inputs, keys=None):
+        return self.whole.outputs({}).rows(self.rows)
 
 
 def steps(name: str, counts: tuple[int, ...], rank: int | None) -> dict:
@@ -46,13 +42,13 @@ def steps(name: str, counts: tuple[int, ...], rank: int | None) -> dict:
     """
     size = sum(counts)
     distiller, teacher, batch = build(name, size=size)
-    student, share, rows = distiller.student, 1.0, slice(0, size)
+    student, share, rows = distiller.learner.student, 1.0, slice(0, size)
     if rank is not None:
         share, start = counts[rank] * len(counts) / size, sum(counts[:rank])
         rows = slice(start, start + counts[rank]) if counts[rank] else slice(0, 1)
-        distiller.student = Part(student, rows)
-        parts = (tensor[rows] for tensor in (batch.images, batch.labels, batch.index, batch.keys))
-        batch = Batch(*parts, batch.epoch, list(counts))
+        distiller.learner.student = Part(student, rows)
+        parts = (tensor[rows] for tensor in (batch.labels, batch.index, batch.keys))
+        batch = Batch({}, *parts, batch.epoch, list(counts))
     (loss,) = distiller.losses.values()
     for module in loss.modules():
         if isinstance(module, _BatchNorm):
@@ -65,7 +61,7 @@ def steps(name: str, counts: tuple[int, ...], rank: int | None) -> dict:
                 if key not in loss.replicated:
                     dist.broadcast(buffer, 0)
         distiller.zero_grad()
-        (value,) = distiller(batch, of(detached(teacher), rows)).values()
+        (value,) = distiller(batch, {"teacher": teacher.detach().rows(rows)}).values()
         (value * share).backward()
         found["values"].append(averaged(value.detach() * share, rank))
     found["gradients"] = {key: averaged(p.grad, rank) for key, p in learned.items() if p.grad is not None}

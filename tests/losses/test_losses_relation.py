@@ -22,7 +22,7 @@ from kd.losses.rkd import cosines, relative_distances
 from kd.losses.similarity import similarity_distance
 from kd.outputs import Batch, Outputs
 
-BATCH = Batch(torch.empty(0), torch.empty(0), torch.empty(0))
+BATCH = Batch({}, torch.empty(0), torch.empty(0))
 
 
 def two(size=6, student=4, teacher=7):

@@ -50,7 +50,7 @@ def example(size, num_classes, scale=2.0):
 
 
 def value(loss, student, teacher, labels=None, epoch=0):
-    batch = Batch(torch.empty(len(student), 0), labels, labels, epoch=epoch)
+    batch = Batch({}, labels, labels, epoch=epoch)
     return loss(Outputs(student), Outputs(teacher), batch)
 
 
@@ -446,7 +446,7 @@ def on_one_of_several(rank, port, results):
     start, count = sum(COUNTS[:rank]), COUNTS[rank]
     mine = slice(start, start + count) if count else slice(0, 1)
     share = count * len(COUNTS) / sum(COUNTS)
-    batch = Batch(torch.empty(max(count, 1), 0), labels[mine], labels[mine], counts=COUNTS)
+    batch = Batch({}, labels[mine], labels[mine], counts=COUNTS)
     found = {}
     for loss in (DIST(), MLKD()):
         logits = student[mine].clone().requires_grad_()

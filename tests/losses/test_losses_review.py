@@ -37,7 +37,7 @@ def built(loss, student, teacher):
 
 def batch_of(size, epoch=0, keys=None):
     index = torch.arange(size)
-    return Batch(torch.empty(size, 0), index, index, index + 7 if keys is None else keys, epoch)
+    return Batch({}, index, index, index + 7 if keys is None else keys, epoch)
 
 
 def value(loss, student, teacher, epoch=0, keys=None):

@@ -240,7 +240,7 @@ def test_cka_of_tapped_layers_is_that_of_the_features(call, runs, teacher_run):
     networks[0].tap(["classifier.0", "features.3"])
     networks[1].tap(["features.0", "features.3"])
     with torch.no_grad():
-        mine, theirs = (network.outputs(images).features for network in networks)
+        mine, theirs = (network.outputs({"image": images}).features for network in networks)
     for part in found:
         rows = [metrics.pooled(feature).double() for feature in (mine[part["student"]], theirs[part["teacher"]])]
         x, y = (feature - feature.mean(0) for feature in rows)

@@ -10,7 +10,7 @@ from kd.models import View, build_classifier, build_network, state_hash
 from kd.models.cifar import CIFAR_NETS
 from kd.models.fold import folded
 from kd.models.small import SMALL_NETS
-from kd.teachers import Teacher
+from kd.teachers import Teachers
 
 CLASSES = ["a", "b", "c"]
 TORCHVISION = ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1"]
@@ -137,14 +137,14 @@ def test_every_tap_of_a_folded_teacher_is_what_its_module_gives(name):
     twin.network.load_state_dict(classifier.network.state_dict())
     twin.tap(names)
     with torch.no_grad():
-        wanted = twin.outputs(images)
-    teacher = Teacher([classifier], CLASSES)
+        wanted = twin.outputs({"image": images})
+    teacher = Teachers({"teacher": classifier}, CLASSES)
     assert norms(folded(classifier.network)) < norms(classifier.network)
     before = state_hash(teacher)
-    teacher.outputs(images)  # folded without taps first
+    teacher.outputs({"image": images})  # folded without taps first
     for one in (["pool"], ["stage1.preact", "stage2"], ["stem"], names):
-        teacher.tap(one)
-        got = teacher.outputs(images)
+        teacher.tap("teacher", one)
+        got = teacher.outputs({"image": images})["teacher"]
         assert set(one) <= set(got.features)
         for tap, value in got.features.items():
             assert torch.allclose(value, wanted.features[tap], rtol=1e-4, atol=1e-4), tap
@@ -152,13 +152,13 @@ def test_every_tap_of_a_folded_teacher_is_what_its_module_gives(name):
     assert state_hash(teacher) == before
 
 
-def test_a_teachers_answers_can_be_kept_for_a_backward_pass():
-    teacher = Teacher([build_classifier("resnet8", CLASSES, View())], CLASSES)
-    teacher.tap(["pool"])
-    said = teacher.outputs(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
+def test_a_teachers_outputs_can_be_kept_for_a_backward_pass():
+    teacher = Teachers({"teacher": build_classifier("resnet8", CLASSES, View())}, CLASSES)
+    teacher.tap("teacher", ["pool"])
+    given = teacher.outputs({"image": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)})["teacher"]
     weights = torch.ones(3, requires_grad=True)
-    for value in (said.logits, said.features["pool"]):
+    for value in (given.logits, given.features["pool"]):
         assert not value.is_inference()
         assert not value.requires_grad
-    (said.logits * weights).square().sum().backward()
+    (given.logits * weights).square().sum().backward()
     assert weights.grad is not None

@@ -16,15 +16,20 @@ from kd.models import Classifier, View, build_classifier, build_network, load_cl
 from kd.models.reused_head import averaged_map, up_to
 from kd.run.config import DistillConfig
 from kd.run.parse import parse
-from kd.teachers import Teacher
+from kd.teachers import Teachers
 from kd.train.meter import Meter
-from kd.train.setup import build_student
+from kd.train.setup import build_learner, build_trained
 from kd.util.errors import UserError
 
 DIGITS = ("--data.num_train", 60, "--data.batch_size", 20, "--log_every", 1, "--report_to", "none")
 LOSSES = "[{class_path: FeatureDistance, init_args: {student_tap: projector, teacher_tap: stage3}}, CrossEntropy]"
-REUSE = (*DIGITS, "--student", "resnet8", "--reuse_head", "true", "--losses", LOSSES)
+REUSE = (*DIGITS, "--student", "resnet8", "--learner", "ReusedHead", "--losses", LOSSES)
 CLASSES = ["a", "b", "c", "d"]
+
+
+def build_student(data, config, classifier):
+    teachers = Teachers({"teacher": classifier}, classifier.classes)
+    return build_learner(build_trained(config.student, data, config), teachers, data, config).student
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +67,7 @@ def test_a_run_trains_body_and_projector_and_its_folder_is_enough(call, teacher,
     run, theirs = kd.load(folder), kd.load(teacher)
     assert state_hash(run.network.fc) == state_hash(theirs.network.fc)
     config = parse(DistillConfig, [str(word) for word in (*command, folder)])
-    first = build_student(load_data(config.data), config, Teacher([theirs], theirs.classes))
+    first = build_student(load_data(config.data), config, theirs)
     after = run.network.state_dict()
     changed = {key for key, value in first.network.state_dict().items() if not torch.equal(value, after[key])}
     assert changed == {key for key in after if not key.startswith("fc.")}
@@ -101,7 +106,7 @@ def test_an_interrupted_run_goes_on_exactly(call, teacher, tmp_path, monkeypatch
     assert not (tmp_path / "cut" / "summary.json").exists()
     result = call("distill", *command, tmp_path / "cut")
     assert result.status == 0, result.err
-    assert "going on after step 4" in result.out
+    assert "resuming after step 4" in result.out
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
@@ -112,9 +117,8 @@ def test_the_body_starts_with_the_students_own_weights(teacher, tmp_path):
         words = [str(word) for word in ("--teacher", teacher, *REUSE, *arguments, "--output_dir", tmp_path / "run")]
         config = parse(DistillConfig, words)
         data = load_data(config.data)
-        built = build_student(data, config, Teacher([classifier], classifier.classes))
-        config.reuse_head = False
-        alone = build_student(data, config, None).network.state_dict()
+        built = build_student(data, config, classifier)
+        alone = build_trained(config.student, data, config).network.state_dict()
         body = built.network.body.state_dict()
         assert body
         assert all(torch.equal(value, alone[key]) for key, value in body.items())
@@ -154,7 +158,7 @@ def test_maps_of_several_sizes(student, teacher, size, tap, student_map, teacher
         teacher_map,
     )
     whole.tap(["projector", "pool", f"body.{tap}"])
-    outputs = whole.eval().outputs(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8))
+    outputs = whole.eval().outputs({"image": torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)})
     assert outputs.features["projector"].shape[1:] == projected
     assert list(outputs.features[f"body.{tap}"].shape[1:]) == student_map
     assert torch.allclose(outputs.logits, theirs.network.fc(outputs.features["pool"]), atol=1e-5)
@@ -178,7 +182,7 @@ def test_the_projector_is_the_published_bottleneck():
 
 def test_a_student_of_another_kind_is_cut_at_the_named_module():
     mine, theirs = pair("mobilenet_v3_small", "resnet18", 64)
-    with pytest.raises(UserError, match=r"last feature map of mobilenet_v3_small is not known; .*reuse_tap"):
+    with pytest.raises(UserError, match=r"last feature map of mobilenet_v3_small is not known; .*in tap"):
         reuse_head(mine, theirs, (3, 64, 64))
     whole = reuse_head(mine, theirs, (3, 64, 64), "features.11").eval()
     assert len(whole.network.body.features) == 12
@@ -203,13 +207,13 @@ class Branches(nn.Module):
 
 def test_what_cannot_be_cut_is_refused_and_dropout_keeps_its_keys():
     mine, theirs = pair("test_reused_head.Branches", "resnet8")
-    for tap, words in (("second", "one after another up to 'second'"), ("fc", "reuse_tap 'fc' .* gives 4; name")):
+    for tap, words in (("second", "one after another up to 'second'"), ("fc", "tap 'fc' .* gives 4; name")):
         with pytest.raises(UserError, match=words):
             reuse_head(mine, theirs, (3, 32, 32), tap)
     with pytest.raises(UserError, match=r"unknown tap of test_reused_head.Branches 'frist' \(did you mean 'first'"):
         reuse_head(mine, theirs, (3, 32, 32), "frist")
     whole = reuse_head(mine, theirs, (3, 32, 32), "first").train()
-    images, keys = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8), torch.arange(6)
+    images, keys = {"image": torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)}, torch.arange(6)
     assert torch.equal(whole.outputs(images, keys).logits, whole.outputs(images, keys).logits)
     assert not torch.equal(whole.outputs(images, keys).logits, whole.outputs(images, keys + 9).logits)
 
@@ -251,17 +255,16 @@ def test_a_classifier_with_a_reused_head_can_be_a_teacher(teacher):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--teacher", "[a, b]"), ["reuse_head needs one teacher", "not 2"]),
-        (("--freeze_backbone", "true", "--weights", "x.pth"), ["freeze_backbone", "nothing would be trained"]),
-        (("--reuse_head", "false", "--reuse_tap", "stage2"), ["reuse_tap 'stage2' needs reuse_head true"]),
-        (("--reuse_tap", "stage4"), ["unknown tap of resnet8 'stage4'", "stage3"]),
-        (("--reuse_tap", "pool"), ["reuse_tap 'pool' of resnet8 gives 64", "map"]),
-        (("--student", "shufflenet_v2_x0_5", "--data.resize", 64), ["shufflenet_v2_x0_5 is not known", "reuse_tap"]),
+        (("--teacher", "[{teacher}, {teacher}]"), ["ReusedHead needs one teacher", "not 2"]),
+        (("--learner.tap", "stage4"), ["unknown tap of resnet8 'stage4'", "stage3"]),
+        (("--learner.tap", "pool"), ["tap 'pool' of resnet8 gives 64", "map"]),
+        (("--student", "shufflenet_v2_x0_5", "--data.resize", 64), ["shufflenet_v2_x0_5 is not known", "in tap"]),
         (("--student", "reused_head"), ["cannot build reused_head"]),
         (("--losses", LOSSES.replace("projector", "projecter")), ["'projecter'", "did you mean 'projector'"]),
     ],
 )
 def test_wrong_cases_end_in_one_line(call, teacher, tmp_path, arguments, words):
+    arguments = [str(word).format(teacher=teacher) if "{teacher}" in str(word) else word for word in arguments]
     result = call("distill", "--teacher", teacher, *REUSE, "--output_dir", tmp_path / "run", *arguments)
     assert_one_line(result, *words)
     assert not (tmp_path / "run" / "config.yaml").exists()
@@ -269,4 +272,4 @@ def test_wrong_cases_end_in_one_line(call, teacher, tmp_path, arguments, words):
 
 def test_a_teacher_with_another_kind_of_head_ends_in_one_line(call, teacher_run, tmp_path):
     result = call("distill", "--teacher", teacher_run, *REUSE, "--output_dir", tmp_path / "run")
-    assert_one_line(result, "reuse_head: the head of the teacher, a mnist_teacher, is not one linear layer")
+    assert_one_line(result, "ReusedHead: the head of the teacher, a mnist_teacher, is not one linear layer")

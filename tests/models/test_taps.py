@@ -68,7 +68,7 @@ def test_a_tap_has_the_value_that_its_module_computed(compiled):
 def test_gradients_flow_through_a_tap():
     model, images = classifier(), torch.randint(0, 256, (5, 3, 6, 6), dtype=torch.uint8)
     model.tap(["norm"])
-    model.train().outputs(images).features["norm"].square().sum().backward()
+    model.train().outputs({"image": images}).features["norm"].square().sum().backward()
     assert model.network.first.weight.grad is not None
     assert model.network.last.weight.grad is None
 
@@ -79,7 +79,7 @@ def test_torchvisions_resnet_overwrites_bn2_and_the_tap_does_not_see_it():
     model.tap(["layer1.0.bn2"])
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        got = model.outputs(images).features["layer1.0.bn2"]
+        got = model.outputs({"image": images}).features["layer1.0.bn2"]
         net = model.network
         prepared = model.preprocess(images).contiguous(memory_format=torch.channels_last)
         x = net.maxpool(net.relu(net.bn1(net.conv1(prepared))))

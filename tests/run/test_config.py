@@ -92,17 +92,17 @@ def test_a_mean_of_teachers(teacher_run, tmp_path, teacher_mean):
     import torch
 
     from kd.models import load_classifier
-    from kd.teachers import load_teacher
+    from kd.teachers import load_teachers
 
     classes = [str(digit) for digit in range(10)]
     single = load_classifier(teacher_run)
     images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
-    both = load_teacher([str(teacher_run)] * 2, classes, teacher_mean, torch.device("cpu"))
-    both.members[1].network.classifier[-1].bias.data += torch.linspace(-2, 2, 10)
-    one, other = (member(images) for member in both.members)
+    both = load_teachers([str(teacher_run)] * 2, classes, teacher_mean, torch.device("cpu"))
+    both.members["teacher2"].network.classifier[-1].bias.data += torch.linspace(-2, 2, 10)
+    one, other = (member(images) for member in both.members.values())
     assert not torch.allclose(one, other)
     assert torch.equal(one, single(images))
-    logits = both(images)
+    logits = both.logits({"image": images})
     if teacher_mean == "logits":
         assert torch.allclose(logits, (one + other) / 2)
     else:

@@ -149,17 +149,20 @@ def test_a_frozen_backbones_features_give_the_run_of_the_network(call, tmp_path,
     assert one["multiply_adds"] == other["multiply_adds"]
 
 
-def test_rows_are_found_by_an_images_place(teacher_run):
+def test_rows_are_columns_of_the_images_that_they_are_of(teacher_run):
     from kd.data import Split
     from kd.data.store import Store
+    from kd.models import load_classifier
     from kd.outputs import Batch
-    from kd.teachers.precompute import TableTeacher
+    from kd.teachers import Teachers
 
     store = Store(np.zeros((10, 1, 2, 2), np.uint8), np.zeros(10, np.int64))
-    split = Split(store, np.array([2, 5, 9]))
-    teacher = TableTeacher({"logits": np.eye(3, dtype=np.float32), "map": np.arange(3.0)[:, None]}, split)
-    index = torch.tensor([9, 2, 9])
-    outputs = teacher.answer(Batch(torch.empty(0), index, index))
+    tables = {"teacher.logits": np.eye(3, dtype=np.float32), "teacher.features.map": np.arange(3.0)[:, None]}
+    split = Split(store, np.array([2, 5, 9]), rows=tables)
+    inputs, labels, index = split.read(np.array([2, 0, 2]), torch.device("cpu"))
+    assert index.tolist() == [9, 2, 9]
+    classifier = load_classifier(teacher_run)
+    outputs = Teachers({"teacher": classifier}, classifier.classes)(Batch(inputs, labels, index))["teacher"]
     assert outputs.logits.tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 1]]
     assert outputs.features["map"].tolist() == [[2], [0], [2]]
 

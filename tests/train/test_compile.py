@@ -9,12 +9,13 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import UNEVEN, assert_one_line
+from learners import alone
 from test_resume import rows
 
-from kd.losses import CTKD, DKD, KL, CosineEmbedding, CrossEntropy, FitNet
+from kd.losses import CTKD, DKD, KL, CosineEmbedding, CrossEntropy, FitNet, Setting
 from kd.models import View, build_classifier
 from kd.outputs import Batch
-from kd.teachers import Teacher
+from kd.teachers import Teachers
 from kd.train.distiller import Distiller
 from kd.train.setup import compile_step
 
@@ -50,11 +51,10 @@ def test_each_size_of_batch_is_one_whole_graph_at_every_epoch(settings, losses, 
         return graph.forward
 
     torch.manual_seed(0)
-    teacher = Teacher([build_classifier("light_nn", CLASSES, View())], CLASSES)
-    shape, labels = (3, 32, 32), torch.zeros(16, dtype=torch.int64)
-    step, plain = (
-        Distiller(build_classifier("light_nn", CLASSES, View()), losses(), teacher, shape, labels).train() for _ in "12"
-    )
+    teachers = Teachers({"teacher": build_classifier("light_nn", CLASSES, View())}, CLASSES)
+    shape, setting = (3, 32, 32), Setting(labels=torch.zeros(16, dtype=torch.int64))
+    students = (alone(build_classifier("light_nn", CLASSES, View())) for _ in "12")
+    step, plain = (Distiller(student, losses(), teachers, shape, setting).train() for student in students)
     plain.load_state_dict(step.state_dict())
     accelerator = SimpleNamespace(device=torch.device("cpu"), is_fsdp2=False)
     compile_step(step, settings, accelerator, backend)
@@ -63,10 +63,10 @@ def test_each_size_of_batch_is_one_whole_graph_at_every_epoch(settings, losses, 
         for size in (16, 6):
             index = torch.arange(size)
             images = torch.randint(0, 256, (size, *shape), dtype=torch.uint8)
-            batch = Batch(images, index % 10, index, index * 77 + epoch, epoch)
+            batch = Batch({"image": images}, index % 10, index, index * 77 + epoch, epoch, step=2 * epoch + size)
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                said = teacher.answer(batch)
-                terms, wanted = step(batch, said), plain(batch, said)
+                given = teachers(batch)
+                terms, wanted = step(batch, given), plain(batch, given)
             for name, value in wanted.items():
                 assert terms[name].item() == pytest.approx(value.item(), rel=1e-5), (epoch, name)
             for each, module in ((terms, step), (wanted, plain)):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import UNEVEN
+from learners import alone as learner_of
 from test_resume import assert_same_run, rows
 
 from kd.util.errors import run_script
@@ -143,7 +144,7 @@ def batch_norm():
     classifier = build_classifier("resnet8", ["a", "b"], View(channels=3))
     layers = [module for module in classifier.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     freeze(layers[0])
-    distiller, seen = Distiller(classifier, [CrossEntropy()]), []
+    distiller, seen = Distiller(learner_of(classifier), [CrossEntropy()]), []
     layers[1].register_forward_hook(lambda *_: seen.append(1))
 
     def choose(world, device, **settings):
@@ -173,8 +174,8 @@ def test_batch_norms_choice_is_said(batch_norm, capsys, world, settings, said):
     kinds = {type(layer) for layer in layers[1:]}
     assert kinds == {torch.nn.SyncBatchNorm if synchronised else torch.nn.BatchNorm2d}
     assert type(layers[0]) is torch.nn.BatchNorm2d  # frozen: it has nothing to synchronise
-    assert list(distiller.student.modules()).count(layers[1]) == 1
-    assert distiller.train().student(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).isfinite().all()
+    assert list(distiller.learner.student.modules()).count(layers[1]) == 1
+    assert distiller.train().learner.student(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).isfinite().all()
     assert seen == [1]  # its hook is still there
     assert not layers[0].training
 
