@@ -81,13 +81,13 @@ def parts(source: str, teacher: str, student: str, batch_size: int, steps: int) 
     from kd.losses import KL, CrossEntropy
     from kd.models.dropout import KeyedDropout
     from kd.models.preprocess import Preprocess
-    from kd.teachers.precompute import TableTeacher
+    from kd.teachers import Teachers
     from kd.train.distiller import Distiller
     from kd.train.engine import Engine
 
     timed = {
         "read the batch": (TrainBatches, "read"),
-        "look the teacher's outputs up": (TableTeacher, "answer"),
+        "the teacher's outputs": (Teachers, "forward"),
         "normalise": (Preprocess, "forward"),
         "dropout": (KeyedDropout, "forward"),
         "KL": (KL, "forward"),

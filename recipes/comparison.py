@@ -193,7 +193,7 @@ def write(data: str, folder: Path, epochs: int = 240) -> list[Path]:
             run = f"runs/{data}/networks/{teacher}"
             content = {"student": student, "teacher": run, "losses": losses, **schedule(data, student, epochs)}
             if method == "simkd":
-                content["reuse_head"] = True
+                content["learner"] = {"class_path": "ReusedHead"}
             paths.append(folder / data / f"{teacher}_{student}" / f"{method}.yaml")
             title = f"{student} distilled from {teacher}: {' + '.join(name for name, _ in terms)}."
             recipe(paths[-1], title, numbers.get(method), "distill.py", f" --teacher {run}", content)

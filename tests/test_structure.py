@@ -72,7 +72,7 @@ def test_no_circle_of_imports():
 
 
 # Functions over 60 lines that were there when this test was written: the list may only become shorter.
-TOO_LONG = {"train/fit.py: fit", "train/conclude.py: conclude", "track/workspace.py: build"}
+TOO_LONG = {"track/workspace.py: build"}
 
 
 def test_functions_have_at_most_60_lines():

@@ -44,8 +44,8 @@ class Loss(nn.Module):
     with `sees_batch` true, so that it is not computed on micro-batches of it. A buffer that the loss itself keeps
     equal on all processes is named in `replicated`; any other is rank 0's.
 
-    A loss that reads `batch.labels` has `reads_labels` true, and is then given only the images whose label is known; one
-    that takes each image to be of one class (labels int64) has `hard_labels` true, which implies it.
+    A loss that reads `batch.labels` has `reads_labels` true, and is then given only the images whose label is known;
+    one that takes each image to be of one class (labels int64) has `hard_labels` true, which implies it.
     """
 
     needs_teacher = True

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from kd.measure.compare import experiment
-from kd.run.contents import read_config, read_rows, read_summary
+from kd.util.contents import read_config, read_rows, read_summary
 from kd.util.errors import UserError, say
 
 _CONFIG = ("seed", "teacher", "epochs", "max_steps", "select", "freeze_backbone", "init_from", "mixed_precision")

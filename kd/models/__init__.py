@@ -28,7 +28,7 @@ from kd.models.reused_head import ReusedHead, reuse_head
 from kd.models.small import SMALL_NETS
 from kd.models.taps import Taps
 from kd.outputs import Outputs
-from kd.run.contents import read_network
+from kd.util.contents import read_network
 from kd.util.errors import UserError, unknown
 from kd.util.own_code import blamed, described
 from kd.util.tensors import savable

@@ -158,5 +158,5 @@ def _raw_splits(source: str, image_column: str | None, label_column: str | None)
 
 def _picture(view, place: int) -> str:
     """An image of a split as a data URI."""
-    pixels = view.read(torch.tensor([place]).numpy(), torch.device("cpu"))[0][0].permute(1, 2, 0)
+    pixels = view.read(torch.tensor([place]).numpy(), torch.device("cpu"))[0]["image"][0].permute(1, 2, 0)
     return thumbnail(Image.fromarray(pixels.squeeze(2).numpy() if pixels.shape[2] == 1 else pixels.numpy()), 128)

@@ -94,7 +94,7 @@ class DataConfig:
     cutmix: Amount = 0.0
     """alpha of CutMix, which puts a rectangle of another image into a training image; with mixup, each for half"""
     views_per_image: NonNegativeInt = 0
-    """so many random views an image, shown in turn and the same for all seeds, so that what is frozen can be asked once
+    """so many random views per image, shown in turn and the same for all seeds, so that what is frozen is computed once
     for each; 0 for new ones at each epoch"""
     channels: Literal[3, 1] = 3
     """3 (grey images are repeated) or 1 (luminance)"""

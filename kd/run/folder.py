@@ -21,8 +21,8 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-from kd.run.contents import read_choices, read_config, read_inputs
 from kd.run.parse import differing_fields
+from kd.util.contents import read_choices, read_config, read_inputs
 from kd.util.errors import UserError, say
 from kd.util.files import delete, write_atomic
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from kd.losses import LOSSES
 from kd.run.objective import arguments_of
+from kd.students import LEARNERS
 from kd.util.errors import UserError, unknown
 
 # What a field is called elsewhere: in the other script, in transformers, timm, Lightning.
@@ -28,6 +29,11 @@ _OTHER_NAMES = {
     "resume": "output_dir",
 }
 
+# What jsonargparse says of a field that takes a learner or null: what is wrong with the learner is its first error.
+_OR_NULL = re.compile(
+    r"(?:Parser key \"learner\": )?Does not validate against any of the Union subtypes Subtypes: "
+    r"\[<class 'kd\.students\.learner\.Learner'>.*?Errors: - (.*) - Expected a <class 'NoneType'>.*"
+)
 _LIMITS = {">=": "at least ", "<=": "at most ", ">": "above ", "<": "below "}
 
 
@@ -45,14 +51,19 @@ def unknown_field(name: str, fields: Iterable[str]) -> UserError:
 
 def explain(message: str) -> str:
     """jsonargparse's message in one plain line, with the known names and the nearest one."""
-    message = " ".join(message.split())
+    message = _OR_NULL.sub(r'Parser key "learner": \1', " ".join(message.split()))
     if "Problem with given class_path" in message and "not accepted" in message:
         path, argument = message.split("'")[1:4:2]
         name = path.rpartition(".")[2]
-        return str(unknown(f"argument of {name}", argument, list(arguments_of(path)), "see --losses.help " + name))
-    if message.startswith('Parser key "losses"') and "dot import path" in message:
-        bad = message.rpartition(":")[2].strip()
-        return str(unknown("loss", bad, LOSSES, "or the import path of your own, as my_package.MyLoss"))
+        if path == "kd.students.Learner":
+            return f"learner.{argument}: there is no learner yet; give --learner NAME first, of {', '.join(LEARNERS)}"
+        remedy = f"see --losses.help {name}" if 'key "losses"' in message else ""
+        return str(unknown(f"argument of {name}", argument, list(arguments_of(path)), remedy))
+    for field, kind, known in (("losses", "loss", LOSSES), ("learner", "learner", LEARNERS)):
+        if message.startswith(f'Parser key "{field}"') and "dot import path" in message:
+            bad = message.rpartition(":")[2].strip()
+            own = f"or the import path of your own, as my_package.My{kind.capitalize()}"
+            return str(unknown(kind, bad, known, own))
     path, keys = re.search(r"class_path '([\w.]+)'", message), re.findall(r'Parser key "([\w.]+)":', message)
     if not keys:
         return _short(message)

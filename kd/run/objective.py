@@ -11,8 +11,9 @@ import re
 import yaml
 
 from kd.losses import LOSSES, Loss
-from kd.run.yaml_files import load_yaml
+from kd.students import Learner
 from kd.util.errors import UserError, unknown
+from kd.util.yaml_files import load_yaml
 
 # --losses.NAME.ARGUMENT; `--losses.ARGUMENT` and these two are jsonargparse's own, of the list's last loss
 CHANGE = re.compile(r"losses\.(?!init_args|dict_kwargs)(\w+)\.(\w+)")
@@ -49,27 +50,28 @@ def explain_loss(name: str) -> None:
     if name not in LOSSES:
         with contextlib.suppress(ImportError, ValueError):
             importlib.import_module(name.rpartition(".")[0])
-    short, known = name.rpartition(".")[2], arguments_of(name)
-    if not known:
+    short, found = name.rpartition(".")[2], _imported(name, Loss)
+    if found is None:
         raise unknown("loss", name, LOSSES, "or the import path of your own, as my_package.MyLoss")
-    print(f"{short}: {inspect.getdoc(_loss(name))}\n\nAdd it to a recipe: --losses+={name}\nChange it there:")
-    for argument, parameter in known.items():
+    print(f"{short}: {inspect.getdoc(found)}\n\nAdd it to a recipe: --losses+={name}\nChange it there:")
+    for argument, parameter in arguments_of(name).items():
         default = "VALUE" if parameter.default is parameter.empty else json.dumps(parameter.default)
         print(f"    --losses.{short}.{argument} {default}")
 
 
-def _loss(name: str) -> type[Loss] | None:
-    """A loss that is imported by now, by its name or import path."""
-    for loss in _subclasses(Loss):
-        names = (f"{loss.__module__}.{loss.__name__}", f"{Loss.__module__.rpartition('.')[0]}.{loss.__name__}")
-        if name in (*names, loss.__name__):
-            return loss
+def _imported(name: str, base: type) -> type | None:
+    """A subclass that is imported by now, by its name or import path."""
+    for found in _subclasses(base):
+        names = (f"{found.__module__}.{found.__name__}", f"{base.__module__.rpartition('.')[0]}.{found.__name__}")
+        if name in (*names, found.__name__):
+            return found
     return None
 
 
 def arguments_of(name: str) -> dict[str, inspect.Parameter]:
-    """The arguments of such a loss; none where it is not known."""
-    return dict(inspect.signature(loss).parameters) if (loss := _loss(name)) else {}
+    """The arguments of a loss or a learner; none where it is not known."""
+    found = _imported(name, Loss) or _imported(name, Learner)
+    return dict(inspect.signature(found).parameters) if found else {}
 
 
 def _subclasses(cls) -> list[type]:
@@ -77,7 +79,7 @@ def _subclasses(cls) -> list[type]:
 
 
 def with_defaults(losses: list[dict]) -> list[dict]:
-    """Losses as class_path and init_args, all of their arguments among them."""
+    """Losses or learners as class_path and init_args, all of their arguments among them."""
     whole = []
     for entry in losses if isinstance(losses, list) else []:
         parameters = arguments_of(entry["class_path"])

@@ -18,9 +18,9 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from kd.run.config import DEFAULT_LOSSES, FREE_FIELDS, DataConfig, DistillConfig, OptimizerConfig, TeacherConfig
 from kd.run.messages import explain, unknown_field
 from kd.run.objective import CHANGE, change_losses, explain_loss, with_defaults
-from kd.run.yaml_files import read_yaml
 from kd.util.errors import UserError
 from kd.util.own_code import blamed
+from kd.util.yaml_files import read_yaml
 
 _SCRIPTS = {TeacherConfig: "train_teacher.py", DistillConfig: "distill.py"}
 
@@ -127,7 +127,7 @@ def _read_flags(argv: list[str], fields: dict[str, type], positional: str | None
                 raise UserError(f"unexpected argument {word!r}; flags are written --name value")
             words.append(word)
             continue
-        if name not in fields and not name.startswith(("losses.", "losses+", "model_args.")):
+        if name not in fields and not name.startswith(("losses.", "losses+", "learner.", "model_args.")):
             raise unknown_field(name, fields)
         if not given:
             can_be_true = fields.get(name) is bool or bool in get_args(fields.get(name))
@@ -196,7 +196,9 @@ def differing_fields(old: dict, new: dict) -> list[str]:
     """
 
     def flat(value, prefix=""):
-        if isinstance(value, dict) and value:
+        if prefix == "learner":
+            yield prefix, value and with_defaults([value])[0]
+        elif isinstance(value, dict) and value:
             for key, inner in value.items():
                 yield from flat(inner, f"{prefix}.{key}" if prefix else key)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from kd.run.contents import read_network
+from kd.util.contents import read_network
 
 
 def teachers_of(config: Mapping) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,13 +61,14 @@ class Learner(nn.Module):
         """
         return {"student": self.student}
 
-    def tap(self, output: str, names: Iterable[str]) -> None:
+    def tap(self, output: str, names: Sequence[str]) -> None:
         """Let an output have the features of these modules, by dotted name.
 
         Raises:
             UserError: there is no such module.
         """
-        self.networks[output].tap(names)
+        if names:
+            self.networks[output].tap(names)
 
     def forward(self, batch: Batch) -> dict[str, Outputs]:
         """The outputs for a batch, by name."""

@@ -40,7 +40,7 @@ class Teachers(nn.Module):
             fewer = torch.tensor(known) if len(known) < len(classes) else None
             self.register_buffer(f"known_{name}", fewer, persistent=False)
         freeze(self)
-        self._used: set[str] = set()
+        self._taps: dict[str, set[str]] = {}
         self._folded: dict[str, Classifier] = {}  # with batch norm folded, from the first batch on
 
     def tap(self, name: str, taps: Iterable[str]) -> None:
@@ -49,7 +49,7 @@ class Teachers(nn.Module):
         Raises:
             UserError: features of the mean of several members, or no such module.
         """
-        self._used.add(name)
+        self._taps.setdefault(name, set()).update(taps)
         if name in self.members:
             self.members[name].tap(taps)
         elif taps:
@@ -62,7 +62,12 @@ class Teachers(nn.Module):
     @property
     def used(self) -> list[str]:
         """The names that have been tapped; where none has, the first of all or their mean."""
-        return [name for name in self.names if name in self._used] or [self.names[-1]]
+        return [name for name in self.names if name in self._taps] or [self.names[-1]]
+
+    @property
+    def taps(self) -> dict[str, list[str]]:
+        """The modules whose features `outputs` gives, by each used name."""
+        return {name: sorted(self._taps.get(name, ())) for name in self.used}
 
     def _apply(self, *arguments, **named):
         self._folded = {}  # the weights move to another place

@@ -56,7 +56,7 @@ def precompute_teachers(data: Data, teachers: Teachers | None, config, accelerat
 
     members = [(member.preprocess.view.to_dict(), member.classes) for member in teachers.members.values()]
     key = [state_hash(teachers), code_hash(teachers), repr(teachers), teachers.mean, teachers.classes, members]
-    key.append(teachers.used)
+    key.append(teachers.taps)
     train = _tabled("teacher", key, compute, data.train, config, accelerator, run)
     return data if train is None else replace(data, train=train)
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from kd.run.contents import read_rows, read_tracker
 from kd.run.folder import Run
 from kd.track.job import Job, describe
 from kd.track.outcome import Outcome, hardest
 from kd.track.tensorboard_run import TensorBoardRun
 from kd.track.trackio_run import TrackioRun
 from kd.track.wandb_run import WandbRun, has_key
+from kd.util.contents import read_rows, read_tracker
 from kd.util.errors import UserError, say, writing
 from kd.util.files import write_atomic
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from kd.data import Data, load_data
 from kd.data.identity import changes, identity
-from kd.run.contents import read_config
 from kd.run.folder import Run
 from kd.run.recorded import recorded_data
 from kd.run.weights import teachers_of, weights_of
+from kd.util.contents import read_config
 from kd.util.errors import UserError, say
 
 SPLITTING = ("split_seed", "val_fraction", "test_fraction")

@@ -597,7 +597,7 @@ def test_no_space_left(train, out, monkeypatch):
     assert load_newest(out / "checkpoints")[0].step == 1
     result = train("--checkpoint_every", 1)
     assert result.status == 0, result.err
-    assert "going on after step 1" in result.out
+    assert "resuming after step 1" in result.out
 
 
 def test_a_damaged_checkpoint_is_passed_over(train, out, breaking):
@@ -609,7 +609,7 @@ def test_a_damaged_checkpoint_is_passed_over(train, out, breaking):
     (newest / "distiller.safetensors").write_bytes(flipped)
     result = train(*breaking(4), *arguments)
     assert f"{newest} is damaged" in result.out
-    assert "going on after step 2" in result.out
+    assert "resuming after step 2" in result.out
     assert result.status == 0, result.err  # the loss counts its calls anew
 
 

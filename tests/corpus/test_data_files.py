@@ -231,8 +231,8 @@ def test_class_names_in_another_order_in_each_file(tables, load):
     data = load(tables.write("test-00000-of-00001", ["dog", "cat"], [1, 0]), val_fraction=0)
     assert data.classes == ["cat", "dog"]
     for split in (data.train, data.test):
-        images, labels, _ = split.on_host(np.arange(len(split)))
-        assert np.array_equal(labels, images[:, 0, 0, 0] > 100)
+        columns, labels, _ = split.on_host(np.arange(len(split)))
+        assert np.array_equal(labels, columns["image"][:, 0, 0, 0] > 100)
     assert data.train.labels.tolist() == [0, 0, 1, 1, 0, 0, 1]
 
 

@@ -44,6 +44,11 @@ FLAGS = [
     (("--qqq", 1), "unknown field 'qqq'; --help lists all"),
     (("--config", "recipes/digits/kd.yaml"), "is a recipe of distill.py", "'student'"),
     (("--losses.help", "KLX"), "unknown loss 'KLX' (did you mean 'KL'?)"),
+    (("--learner", "ReusedHed"), "unknown learner 'ReusedHed' (did you mean 'ReusedHead'?)", "my_package.MyLearner"),
+    (("--learner", "Cohort", "--learner.sise", 3), "unknown argument of Cohort 'sise' (did you mean 'size'?)"),
+    (("--learner", "{class_path: Cohort, init_args: {size: many}}"), "Cohort: size: 'many' is of the wrong type"),
+    (("--learner", "Cohort", "--learner.size", 0), "learner: Cohort: size 0 must be 1 or more"),
+    (("--learner.size", 3), "learner.size: there is no learner yet; give --learner NAME first"),
 ]
 
 

@@ -123,7 +123,7 @@ def test_what_a_killed_job_began_by_overwriting_goes_on(train, finished, stopped
     result = train("--seed", 3, "--overwrite", "true", "--max_steps", 4)
     assert result.status == 0, result.err
     assert "is not deleted again" in result.out
-    assert "going on after step 2" in result.out
+    assert "resuming after step 2" in result.out
 
 
 def test_a_finished_run_is_overwritten_again(train, finished):

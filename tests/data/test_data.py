@@ -553,8 +553,14 @@ def test_each_epoch_sees_each_image_once_in_another_order(count, batch_size):
     assert not any(np.array_equal(a, b) for a, b in itertools.combinations(orders, 2))
 
 
+def tensors(batch) -> dict[str, torch.Tensor]:
+    """What a batch holds of each of its images, by name."""
+    return {**batch.inputs, "labels": batch.labels, "index": batch.index, "keys": batch.keys}
+
+
 def equal(a, b) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "labels", "index", "keys"))
+    one, other = tensors(a), tensors(b)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_batch_is_a_function_of_seed_and_step_alone():
@@ -593,8 +599,8 @@ def test_parts_concatenate_to_the_same_global_batch(world, step):
     whole, _ = batches(split).read(step, CPU)
     parts = [batches(split, rank=rank, world=world).read(step, CPU) for rank in range(world)]
     seen = [part for part, weight in parts if weight]
-    for name in ("images", "labels", "index", "keys"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in seen]), getattr(whole, name))
+    for name, expected in tensors(whole).items():
+        assert torch.equal(torch.cat([tensors(part)[name] for part in seen]), expected)
     for part, weight in parts:
         assert len(part.labels) >= 1
         if not weight:
@@ -631,8 +637,8 @@ def test_micro_batches_are_the_same_global_batch(world, step, accumulate):
         if rank == 0:
             assert len(kept) == len(micro)  # its running statistics are those that stay
         if weight:
-            for name in ("images", "labels", "index", "keys"):
-                assert torch.equal(torch.cat([getattr(each, name) for each in kept]), getattr(part, name))
+            for name, expected in tensors(part).items():
+                assert torch.equal(torch.cat([tensors(each)[name] for each in kept]), expected)
             seen += sum(len(each.labels) for each in kept)
         total += sum(values[each.index].mean() * share for each, share in micro) / world
         assert all(each.whole == (len(micro) == 1) for each, _ in micro)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import SMALL, assert_one_line
 from PIL import Image
-from test_data import CPU, equal, files_of, load, make_split, noise, smooth  # noqa: F401 (a fixture)
+from test_data import CPU, equal, files_of, load, make_split, noise, smooth, tensors  # noqa: F401 (a fixture)
 from test_resume import assert_same_run
 from test_views import EVERY, mixed_batches
 
@@ -74,7 +74,9 @@ def test_streamed_splits_hold_what_stored_ones_hold(tmp_path, load, sizes, setti
         assert one.store.identity() == other.store.identity()  # so that they share tables
         wheres = [np.arange(len(one))[start : start + 5] for start in range(0, len(one), 5)]
         for mine, theirs in zip(one.batches(wheres, CPU), other.batches(wheres, CPU), strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+            assert mine[0].keys() == theirs[0].keys() == {"image"}
+            for a, b in zip((mine[0]["image"], *mine[1:]), (theirs[0]["image"], *theirs[1:]), strict=True):
+                assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -260,7 +262,7 @@ class Untouchable:
 def test_what_is_kept_on_the_device_is_what_is_read(views, world):
     split = make_split(26)
     kept = split.kept_on(CPU)
-    assert len(kept.resident[0]) == 26  # of the store's 29
+    assert len(kept.resident[0]["image"]) == 26  # of the store's 29
     kept.store = Store(Untouchable(), split.store.labels)
     for rank in range(world):
         ours, theirs = (TrainBatches(part, 12, 5, rank, world, views, 1, num_classes=4) for part in (kept, split))
@@ -271,7 +273,8 @@ def test_what_is_kept_on_the_device_is_what_is_read(views, world):
 def test_streamed_images_are_decoded_once_for_the_device(tmp_path, load):  # noqa: F811
     folder = photos(tmp_path / "pictures")
     kept = load(folder, store="stream", num_workers=2).train.kept_on(CPU)
-    assert torch.equal(kept.resident[0], torch.from_numpy(load(folder).train.store.images[kept.places]))
+    expected = torch.from_numpy(load(folder).train.store.images[kept.places])
+    assert torch.equal(kept.resident[0]["image"], expected)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +303,7 @@ def test_corrupted_images_are_corrupted_ahead_too(tmp_path, load):  # noqa: F811
     worse = [CorruptedSplit(split.store, split.places, "gaussian_noise", 2) for split in (stored, streamed)]
     wheres = [np.arange(5), np.arange(5, 12)]
     for one, other in zip(*(split.batches(wheres, CPU) for split in worse), strict=True):
-        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[0]["image"], other[0]["image"])
 
 
 @pytest.mark.gpu
@@ -320,8 +323,8 @@ def test_a_gpu_sees_the_same_batches_and_is_not_waited_for(resident):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for batch, same in zip(batches, expected, strict=True):
-        for name in ("images", "labels", "index", "keys"):
-            assert torch.equal(getattr(batch, name).cpu(), getattr(same, name))
+        for name, value in tensors(same).items():
+            assert torch.equal(tensors(batch)[name].cpu(), value)
 
 
 # Runs

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import SMALL, assert_one_line
 from PIL import Image
-from test_data import batches, make_split, noise, smooth
+from test_data import batches, make_split, noise, smooth, tensors
 from torchvision.transforms import InterpolationMode, RandomErasing, RandomResizedCrop, TrivialAugmentWide
 from torchvision.transforms import functional as reference
 
@@ -354,9 +354,9 @@ def test_processes_and_micro_batches_see_the_same_views(views, world):
         for rank in range(world):
             source = mixed_batches(views, rank, world, accumulate=2)
             parts += [source.read(step, CPU, micro) for micro in range(source.num_micro(step))]
-        for name in ("images", "labels", "index", "keys"):
-            together = torch.cat([getattr(part, name) for part, weight in parts if weight])
-            assert torch.equal(together, getattr(whole, name))
+        for name, expected in tensors(whole).items():
+            together = torch.cat([tensors(part)[name] for part, weight in parts if weight])
+            assert torch.equal(together, expected)
 
 
 def test_mixed_images_and_labels_are_of_the_same_partner():

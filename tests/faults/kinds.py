@@ -43,7 +43,7 @@ def signal_to_one(job: Job) -> None:
     assert job.saved_step() == step
     assert f"stopped by {number.name} after step {step}" in job.said
     assert not job.errors()
-    job.goes_on(f"going on after step {step}")
+    job.goes_on(f"resuming after step {step}")
 
 
 def signal_to_all(job: Job) -> None:
@@ -84,7 +84,7 @@ def signal_to_launcher(job: Job) -> None:
     assert "stopped by" in job.said, job.said
     step = job.saved_step()
     assert step >= 5
-    job.goes_on(f"going on after step {step}")
+    job.goes_on(f"resuming after step {step}")
 
 
 # Killed
@@ -176,7 +176,7 @@ def damaged_checkpoint(job: Job) -> None:
         file.write_bytes(content[: job.draw.randrange(len(content))])
     else:
         file.unlink()
-    job.goes_on(f"{newest} is damaged", f"going on after step {int(before.name.removeprefix('step_'))}")
+    job.goes_on(f"{newest} is damaged", f"resuming after step {int(before.name.removeprefix('step_'))}")
 
 
 # Disks
@@ -204,7 +204,7 @@ def disk_full_in_a_checkpoint(job: Job) -> None:
         assert not list(job.checkpoints.glob(".tmp*"))
         step = job.saved_step()
         disk.free()
-        job.goes_on(f"going on after step {step}")
+        job.goes_on(f"resuming after step {step}")
 
 
 def disk_full_in_a_log_line(job: Job) -> None:
@@ -221,7 +221,7 @@ def disk_full_in_a_log_line(job: Job) -> None:
         assert "metrics.jsonl" in line
         assert job.saved_step() == 4
         disk.free()
-        job.goes_on("going on after step 4")
+        job.goes_on("resuming after step 4")
 
 
 def read_only_output(job: Job) -> None:
@@ -236,7 +236,7 @@ def read_only_output(job: Job) -> None:
         assert "read-only file system" in line
         assert str(job.run_folder) in line
         disk.read_only(False)
-        job.goes_on(f"going on after step {step}")
+        job.goes_on(f"resuming after step {step}")
 
 
 def output_becomes_read_only(job: Job) -> None:
@@ -258,7 +258,7 @@ def output_becomes_read_only(job: Job) -> None:
     (line,) = [line for line in job.errors() if line.startswith("error: ")]
     assert "operation not permitted" in line
     assert str(job.checkpoints) in line
-    job.goes_on(f"going on after step {job.saved_step()}")
+    job.goes_on(f"resuming after step {job.saved_step()}")
 
 
 # Numbers, clocks, other runs
@@ -274,7 +274,7 @@ def not_a_number_on_one(job: Job) -> None:
     assert (f"on process {rank} of {job.count}" in line) == (job.count > 1)
     assert all(f"not finite at step {step}" in error for error in job.errors())
     assert job.saved_step() == kept
-    job.goes_on(f"going on after step {kept}")
+    job.goes_on(f"resuming after step {kept}")
 
 
 def jumping_clock(job: Job) -> None:

@@ -202,9 +202,10 @@ def test_every_loss_is_weighted_and_trains_exactly_what_is_its_own(name):
     (loss,) = distiller.losses.values()
     found = set(gradients(distiller))
     own = {f"losses.{name}.{key}" for key, p in loss.named_parameters() if p.requires_grad}
-    tapped = {f"student.features.{tap}" for tap in loss.student_taps}
+    tapped = {f"learner.student.features.{tap}" for tap in loss.student_taps}
     assert own <= found
-    assert found - own in ({"student.logits"}, tapped, tapped | {"student.logits"})
+    logits = {"learner.student.logits"}
+    assert found - own in (logits, tapped, tapped | logits)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -382,7 +382,7 @@ def test_standardized_gradients_stay_small_where_all_logits_are_equal(name, leve
     found = value_of(distiller, teacher, batch)
     found.backward()
     assert found.isfinite()
-    gradient = gradients(distiller)["student.logits"]
+    gradient = gradients(distiller)["learner.student.logits"]
     assert 1e-6 < gradient.abs().max() < 100
     flat = Outputs(torch.full((6, 10), level), teacher.features)
     assert value_of(distiller, flat, batch).isfinite()

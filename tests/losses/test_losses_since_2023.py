@@ -210,7 +210,7 @@ def test_wkdf_projects_the_student_and_sees_where_things_are_by_its_grid_only():
     loss = WKDF("a", "b", grid=2)
     loss.setup(Setting({"a": (3, 4, 4)}, {"b": (2, 4, 4)}))
     loss.double()
-    found = loss(Outputs(student, {"a": student}), Outputs(teacher, {"b": teacher}), Batch(teacher, None, None))
+    found = loss(Outputs(student, {"a": student}), Outputs(teacher, {"b": teacher}), Batch({}, None, None))
     assert found.item() == pytest.approx(wasserstein(loss.projector(student), teacher, 2, 4.0).item(), rel=1e-12)
     assert loss.projector(student).min() >= 0
     assert wasserstein(teacher, teacher.flip(3), 1, 4.0).item() == pytest.approx(0, abs=1e-12)

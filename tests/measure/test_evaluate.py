@@ -336,5 +336,6 @@ def test_arrays_of_another_size_are_brought_to_it():
     data = load_data(DataConfig(channels=1, mean=[0.5], std=[0.5]))
     small = load_data(DataConfig(channels=1, mean=[0.5], std=[0.5]), size=(5, 4))
     assert small.image_shape == (1, 5, 4)
-    for image, expected in zip(small.test.on_host(np.arange(9))[0], data.test.on_host(np.arange(9))[0], strict=True):
+    found, plain = (each.test.on_host(np.arange(9))[0]["image"] for each in (small, data))
+    for image, expected in zip(found, plain, strict=True):
         assert np.array_equal(image, read_image(expected[0].numpy(), 1, (5, 4)))

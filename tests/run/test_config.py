@@ -138,19 +138,19 @@ def test_the_launchers_single_thread_is_not_taken_for_the_users_wish(monkeypatch
     assert chosen == ([] if expected is None else [expected])
 
 
-def test_a_run_of_an_earlier_version_goes_on():
+def test_a_run_of_an_earlier_version_resumes():
     """Fields and arguments that its config.yaml does not know yet count as their defaults."""
     from kd.run.parse import differing_fields
 
     new = parse(DistillConfig, ["--config", "recipes/digits/kd.yaml"]).resolved
     old = yaml.safe_load(yaml.safe_dump(new))
-    del old["reuse_head"], old["data"]["pad_crop"], old["losses"][0]["init_args"]["standardize"]
+    del old["learner"], old["data"]["pad_crop"], old["losses"][0]["init_args"]["standardize"]
     assert differing_fields(old, new) == []
     old["losses"][0]["init_args"]["temperature"] = 2.0
     old["data"]["flip"] = True
     assert [text.split()[0] for text in differing_fields(old, new)] == ["data.flip", "losses"]
-    new["reuse_head"] = True
-    assert [text.split()[0] for text in differing_fields(old, new)] == ["data.flip", "losses", "reuse_head"]
+    new["learner"] = {"class_path": "kd.students.ReusedHead", "init_args": {"tap": None}}
+    assert [text.split()[0] for text in differing_fields(old, new)] == ["data.flip", "learner", "losses"]
 
 
 def test_one_loss_of_a_recipe_is_changed_by_its_name():

@@ -115,7 +115,7 @@ def test_a_preempted_run_goes_back_into_the_queue_and_ends_with_the_same_bytes(c
         "ended with status 138",
         "back into the queue",
         "start 2 on node[1-2]",
-        "going on after step",
+        "resuming after step",
         "test accuracy",
         "ended with status 0",
     )
@@ -135,7 +135,7 @@ def test_the_time_limit(cluster, limited, uninterrupted):
         "stopped by SIGUSR1 after step",
         "back into the queue",
         "start 2 on node[1-2]",
-        "going on after step",
+        "resuming after step",
         "ended with status 0",
     )
     assert weights(folder) == weights(uninterrupted)
@@ -148,7 +148,7 @@ def test_requeue_preemption_dead_node_and_scancel(cluster, train, uninterrupted,
 
     def is_at(start: int, step: int) -> None:
         cluster.wait(job, f"start {start}", lambda: f"start {start} on" in cluster.log(job))
-        cluster.wait(job, "its going on", lambda: cluster.log(job).count("going on after step") == start - 1)
+        cluster.wait(job, "its resuming", lambda: cluster.log(job).count("resuming after step") == start - 1)
         cluster.wait(job, f"step {step}", lambda: reached(folder, step))
 
     is_at(1, 3)
@@ -182,7 +182,7 @@ def test_requeue_preemption_dead_node_and_scancel(cluster, train, uninterrupted,
 
     job = train(folder)
     cluster.end(job, "COMPLETED")
-    in_order(cluster.log(job), "start 1 on", "going on after step", "test accuracy", "ended with status 0")
+    in_order(cluster.log(job), "start 1 on", "resuming after step", "test accuracy", "ended with status 0")
     assert weights(folder) == weights(uninterrupted)
 
 

@@ -1,4 +1,4 @@
-"""What is frozen is asked once: a table gives the run of the network, is reused, and refused where it does not fit."""
+"""What is frozen is computed once: a table gives the run of the network, is reused, refused where it does not fit."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def assert_close(one: Path, other: Path, tolerance: float) -> None:
 def test_a_teachers_table_gives_the_run_of_the_teacher(distil, tmp_path, losses):
     sgd = ("--optimizer.name", "sgd", "--losses", losses, "--seed", 5)
     live, made = distil("live", *sgd, "--precompute", "never")
-    assert "teacher: asked at each step" in live.out
+    assert "teacher: computed at each step" in live.out
     assert not made
     table, _ = distil("table", *sgd)
     assert "for 150 images" in table.out
@@ -59,7 +59,7 @@ def test_a_teachers_table_gives_the_run_of_the_teacher(distil, tmp_path, losses)
 def test_a_table_is_reused_by_other_students_seeds_and_losses_and_gives_the_same_bytes(distil, tmp_path):
     split = ("--data.split_seed", 11)
     first, made = distil("first", *split)
-    assert "asked once for 150 images" in first.out
+    assert "computed once for 150 images" in first.out
     assert len(made) == 1
     again, more = distil("again", *split, "--seed", 0)
     assert "looked up for 150 images" in again.out
@@ -88,7 +88,7 @@ def test_other_images_views_teachers_and_taps_have_other_tables(distil, teacher_
 
 
 @pytest.mark.slow
-def test_a_damaged_table_is_made_anew(distil, tmp_path):
+def test_a_damaged_table_is_rebuilt(distil, tmp_path):
     seed = ("--data.split_seed", 14)
     _, made = distil("first", *seed)
     file = made.pop().parent / "0.npy"
@@ -97,7 +97,7 @@ def test_a_damaged_table_is_made_anew(distil, tmp_path):
     file.write_bytes(content)
     result, _ = distil("second", *seed)
     assert "is damaged" in result.out
-    assert "asked once for 150 images" in result.out
+    assert "computed once for 150 images" in result.out
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
     assert weights[0] == weights[1]
 
@@ -107,13 +107,13 @@ def test_a_damaged_table_is_made_anew(distil, tmp_path):
     ("arguments", "limit"),
     [(("--data.pad_crop", 3), None), (("--epochs", 1), None), ((), 10)],
 )
-def test_the_teacher_is_asked_where_views_hardly_repeat_images_are_seen_once_or_the_table_is_too_large(
+def test_no_table_is_made_where_views_hardly_repeat_images_are_seen_once_or_it_would_be_too_large(
     distil, monkeypatch, arguments, limit
 ):
     if limit:
         monkeypatch.setattr("kd.teachers.fixed_table.LIMIT_BYTES", limit)
     result, made = distil("run", "--data.split_seed", 15, *arguments)
-    assert "teacher: asked at each step" in result.out
+    assert "teacher: computed at each step" in result.out
     assert not made
 
 
@@ -141,7 +141,7 @@ def test_a_frozen_backbones_features_give_the_run_of_the_network(call, tmp_path,
     table = call("train_teacher", *command, "--output_dir", tmp_path / "table")
     assert live.status == table.status == 0, live.err + table.err
     # squeezenet's head is a convolution before a pooling: its features do not give the logits by the head alone
-    assert ("backbone: asked once for 60 images" in table.out) == (name != "squeezenet1_1")
+    assert ("backbone: computed once for 60 images" in table.out) == (name != "squeezenet1_1")
     assert "backbone:" not in live.out
     assert_close(tmp_path / "live", tmp_path / "table", tolerance)
     one, other = (json.loads((tmp_path / run / "summary.json").read_text()) for run in ("live", "table"))

@@ -100,7 +100,7 @@ def test_the_first_step_that_is_not_finite_is_named_and_an_empty_part_counts_for
     meter = Meter(["CE"], torch.device("cpu"), {}, True)
     for step, (value, images) in enumerate([(1.0, 2), (9.0, 0), (math.inf, 2), (math.nan, 2)]):
         if step == 2:
-            assert meter.state(ALONE)["interval"] == {"CE": 2.0, "loss": 2.0, "images": 2.0}
+            assert meter.state(ALONE)["interval"] == {"CE": [2.0, 2.0], "loss": [2.0, 2.0]}
         meter.add({"CE": torch.tensor(value)}, images, step)
     with pytest.raises(UserError, match="not finite at step 3"):
         meter.check(ALONE, 0.1, None)

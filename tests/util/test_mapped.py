@@ -61,5 +61,5 @@ def test_each_batch_is_told_of_before_the_one_before_it_is_given_and_is_the_same
         pixels, labels, places = next(given)
         assert told == [(1 + 2 * next_).tolist() for next_ in wheres[: number + 2]]
         assert places.tolist() == labels.tolist() == (1 + 2 * where).tolist()
-        assert np.array_equal(pixels.numpy(), images[1 + 2 * where])
+        assert np.array_equal(pixels["image"].numpy(), images[1 + 2 * where])
     assert next(given, None) is None

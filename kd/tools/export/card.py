@@ -15,9 +15,9 @@ import kd
 from kd.data.views import Views
 from kd.losses import LOSSES, paper
 from kd.measure.records import objective
-from kd.run.contents import read_config, read_network, read_summary
 from kd.run.parse import differing_fields
 from kd.run.recorded import recorded_data
+from kd.util.contents import read_config, read_network, read_summary
 from kd.util.errors import UserError
 from kd.util.escape import in_markdown as escaped
 from kd.util.machine import install_command

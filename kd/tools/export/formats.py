@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.models import Classifier, load_classifier
-from kd.run.contents import read_network
+from kd.util.contents import read_network
 from kd.util.errors import UserError
 from kd.util.own_code import described
 

@@ -12,8 +12,8 @@ from kd.data import Split, load_data
 from kd.data.identity import changes, identity
 from kd.data.split import balanced_order
 from kd.models import Classifier
-from kd.run.contents import read_config, read_inputs
 from kd.run.recorded import recorded_data
+from kd.util.contents import read_config, read_inputs
 from kd.util.errors import UserError
 
 
@@ -57,7 +57,7 @@ class RunImages:
             yield self._read(part, where), torch.tensor([places[label] for label in part.labels[where]])
 
     def _read(self, part: Split, where: np.ndarray) -> Tensor:
-        images = part.read(where, torch.device("cpu"))[0]
+        images = part.read(where, torch.device("cpu"))[0]["image"]
         if self.view.channels == 1 and images.shape[1] == 3:  # luminance, as `Preprocess` has it
             weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
             return (images * weights).sum(1, keepdim=True).round().to(torch.uint8)

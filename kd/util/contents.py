@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kd.run.yaml_files import read_yaml
 from kd.util.errors import UserError
+from kd.util.yaml_files import read_yaml
 
 _OPTIONAL_STRING, _OPTIONAL_INT = (str, None), (int, None)
 _ARGUMENTS = {
