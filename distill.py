@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     from kd.data import load_data  # --help and --print_config need none of these
     from kd.teachers import load_teachers, other_sizes
     from kd.teachers.precompute import precompute_teachers
+    from kd.teachers.stored import settle_stored
     from kd.train.conclude import conclude
     from kd.train.fit import fit
     from kd.train.inputs import remember
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     from kd.train.trial import try_first_batch
 
     accelerator = make_accelerator(config)
+    settle_stored(config)
     with open_run(config, accelerator) as run:
         if run.finished:
             return 0

@@ -218,7 +218,8 @@ def load_data(config, download: bool = True, size: tuple[int, int] | None = None
     cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
     download_dir = Path(config.download_dir).expanduser() if config.download_dir else cache_dir / "downloads"
     source = find_source(config.source, cache_dir, download_dir, config.image_column, config.label_column, download)
-    recipe = Recipe(config.channels, config.resize, config.skip_unreadable, size)
+    channels, side = config.store_channels or config.channels, config.store_size or config.resize
+    recipe = Recipe(channels, side, config.skip_unreadable, size)
     classes, stores = open_stores(source, recipe, cache_dir, config.store, config.num_workers)
     _check(config, classes, stores)
     seed, train = config.split_seed, stores["train"]

@@ -117,7 +117,8 @@ def find_runs(folder: str | os.PathLike) -> Runs:
     for place, folders, files in os.walk(folder):
         folders.sort()
         if "config.yaml" in files:
-            folders.clear()  # a tracker keeps a config.yaml of its own inside a run
+            # a tracker keeps a config.yaml of its own inside a run; another network of the run has a config.json too
+            folders[:] = [name for name in folders if (Path(place) / name / "config.json").is_file()]
             try:
                 found.append(Record(os.path.normpath(place)))
             except UserError as error:

@@ -36,6 +36,7 @@ from kd.util.tensors import savable
 __all__ = [
     "Classifier",
     "View",
+    "bare",
     "build_classifier",
     "build_network",
     "code_hash",
@@ -43,6 +44,7 @@ __all__ = [
     "load_classifier",
     "reuse_head",
     "state_hash",
+    "view_of",
 ]
 
 _OWN_NETS = {**SMALL_NETS, **CIFAR_NETS, **CIFAR10_RESNETS}
@@ -213,6 +215,22 @@ def _import(path: str, trust: bool):
     return import_builder(path, trust)
 
 
+def bare(name: str) -> str:
+    """A network's name without its source: `torchvision:resnet18` is `resnet18`; any other is itself.
+
+    Raises:
+        UserError: the source or its network is unknown.
+    """
+    source, colon, rest = name.partition(":")
+    if not colon:
+        return name
+    if source != "torchvision":
+        raise unknown("source of networks", source, ["torchvision"], "or a name or an import path without one")
+    if rest not in torchvision_nets.names():
+        raise unknown("torchvision classifier", rest, torchvision_nets.names())
+    return rest
+
+
 def build_classifier(
     name: str,
     classes: Sequence[str],
@@ -232,7 +250,7 @@ def build_classifier(
     Raises:
         UserError: unknown name or argument, weights that are missing, damaged or do not fit.
     """
-    state = None
+    state, name = None, bare(name)
     if weights is not None:
         state = _read_weights(name, weights)
     elif freeze_backbone:
@@ -290,16 +308,34 @@ def _with_weights(name, state, num_classes, model_args, weights) -> tuple[nn.Mod
     return network, head
 
 
+def view_of(run: str | Path) -> View:
+    """How the network of a finished run prepares images.
+
+    Raises:
+        UserError: there is no such run, or its config.json is damaged.
+    """
+    try:
+        return View(**json.loads((Path(run) / "config.json").read_text())["preprocess"])
+    except FileNotFoundError:
+        raise _no_run(Path(run)) from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"run {str(run)!r} is damaged: config.json: {str(error)[:200]}") from None
+
+
+def _no_run(folder: Path) -> UserError:
+    if not folder.is_dir():
+        return UserError(f"run {str(folder)!r}: there is no such folder; train it first, or correct the path")
+    known = (folder / "config.yaml").is_file()
+    what = "is not finished; run its command again to resume it" if known else "is no run folder (no config.json)"
+    return UserError(f"run {str(folder)!r} {what}")
+
+
 def load_classifier(run: str | Path, device: str | torch.device = "cpu", trust: bool = False) -> Classifier:
     """The network of a finished run, in eval mode; see `kd.load`."""
     folder = Path(run)
-    if not folder.is_dir():
-        raise UserError(f"run {str(run)!r}: there is no such folder; train it first, or correct the path")
     config_file, weights_file = folder / "config.json", folder / "model.safetensors"
     if not config_file.is_file() or not weights_file.is_file():
-        known = (folder / "config.yaml").is_file()
-        what = "is not finished; run its command again to resume it" if known else "is no run folder (no config.json)"
-        raise UserError(f"run {str(run)!r} {what}")
+        raise _no_run(folder)
     config = read_network(folder)
     try:
         weights = weights_file.read_bytes()

@@ -49,13 +49,23 @@ class ExitNetwork(nn.Module):
         student: the whole network's name, as `build_network` takes it; student_args: its arguments.
         tap: dotted name of the module behind which the head stands.
         shape, last: of the map there and of the network's last one, (C, H, W).
+        trust: as `build_network` has it.
     """
 
-    def __init__(self, num_classes: int, student: str, student_args: dict, tap: str, shape: list[int], last: list[int]):
+    def __init__(
+        self,
+        num_classes: int,
+        student: str,
+        student_args: dict,
+        tap: str,
+        shape: list[int],
+        last: list[int],
+        trust: bool = False,
+    ):
         from kd.models import build_network  # which knows this class
 
         super().__init__()
-        self.body = up_to(build_network(student, num_classes, student_args), tap)
+        self.body = up_to(build_network(student, num_classes, student_args, trust), tap)
         self.head = ExitHead(shape, last, num_classes)
 
     @classmethod

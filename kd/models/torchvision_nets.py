@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from kd.models.preprocess import View
 from kd.util.errors import UserError
 
 
@@ -34,6 +35,12 @@ def pretrained(name: str, weights: str):
         raise UserError(
             f"weights {weights!r} of {name} is neither a file nor one of torchvision's; known: {entries}"
         ) from None
+
+
+def view(name: str) -> View:
+    """How a classifier with its newest ImageNet weights prepares images."""
+    shape = pretrained(name, "imagenet").transforms()
+    return View(resize=shape.resize_size[0], crop=shape.crop_size[0], mean=tuple(shape.mean), std=tuple(shape.std))
 
 
 def build_torchvision(name: str, num_classes: int, **arguments) -> nn.Module:

@@ -102,6 +102,11 @@ class DataConfig:
     """subtracted from each channel, on the scale 0 to 1; the default is ImageNet's"""
     std: list[Positive] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     """each channel is divided by it; the default is ImageNet's"""
+    store_size: Pixels | None = None
+    """pixels of the shorter side that images of several sizes, or much larger ones, are stored with; null for the
+    largest that a network of the run takes"""
+    store_channels: Literal[3, 1] | None = None
+    """channels that are stored; null for as many as a network of the run takes"""
     skip_unreadable: bool = False
     """leave out images that cannot be decoded instead of stopping"""
     image_column: str | None = None

@@ -6,7 +6,8 @@ model.safetensors   the network's weights
 config.json         what is needed to load the network: its name, classes, preprocessing, the weights' checksum
 metrics.jsonl       one line a log interval and one an epoch
 summary.json        the results; its presence means that the run is finished
-checkpoints/        the newest two states to go on from
+checkpoints/        the newest two states to resume from
+NAME/               another network that the run keeps, as a finished run of its own
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -82,6 +83,7 @@ class Run:
         self._lock = None
         self._begun = False
         self.inputs: dict | None = None
+        self._before: list[str] = []  # other networks that the run to delete has kept
         self._settled: dict[str, str] = {}
         if is_main:
             if overwrite:
@@ -153,17 +155,21 @@ class Run:
             self.overwrite = False  # a job that was killed is started again with the command that began it
             say(f"{self.folder} holds what this command began with --overwrite true: it is not deleted again")
         if self.overwrite:
-            self.inputs = None
+            self._before, self.inputs = (self.inputs or {}).get("kept", []), None
 
-    def begin(self) -> None:
+    def begin(self, kept: Sequence[str] = ()) -> None:
         """Delete an earlier run if asked to, and write the config: called when nothing is left that a user could have
-        got wrong, so that a mistake neither deletes a run nor takes a folder."""
+        got wrong, so that a mistake neither deletes a run nor takes a folder.
+
+        Args:
+            kept: names of the networks that `keep` will write.
+        """
         self._begun = True
         if not self.is_main:
             return
         if self.overwrite:
             delete(self.folder / "inputs.json", self.folder)  # first: what is deleted in part is not resumed
-            for path in self._own():
+            for path in (*self._own(), *(self.folder / name / file for name in self._before for file in FILES)):
                 delete(path, self.folder)
             for name in _FOLDERS:
                 with suppress(OSError):  # it holds something of the user's, or is not there
@@ -172,7 +178,7 @@ class Run:
         if new:
             write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
         if new or not ((self.folder / "inputs.json").is_file() or (self.folder / "checkpoints").is_dir()):
-            self.inputs = {"overwrote": self.overwrite, **(self.inputs or {})}
+            self.inputs = {"overwrote": self.overwrite, "kept": list(kept), **(self.inputs or {})}
             write_atomic(self.folder / "inputs.json", (json.dumps(self.inputs, indent=2) + "\n").encode())
 
     def _own(self) -> Iterator[Path]:
@@ -216,6 +222,16 @@ class Run:
         if done:
             say(f"{self.folder} is finished already; nothing to do (--overwrite true starts it anew)")
         return done
+
+    def keep(self, name: str, files: dict[str, bytes], summary: dict) -> None:
+        """Write another network's files, config and summary to a folder of its own below this one."""
+        if self.is_main:
+            folder = self.folder / name
+            folder.mkdir(exist_ok=True)
+            config = {**self.config, "output_dir": str(folder), "network": name}
+            for file, content in {**files, "config.yaml": yaml.safe_dump(config, sort_keys=False).encode()}.items():
+                write_atomic(folder / file, content)
+            write_atomic(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
 
     def finish(self, files: dict[str, bytes], summary: dict) -> None:
         """Write the network's files and then, as the mark that all is done, the summary, with what it learned from."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kd.models import Classifier, View, build_classifier, freeze, load_classifier, torchvision_nets
+from kd.models import Classifier, bare, build_classifier, freeze, load_classifier, torchvision_nets
 from kd.outputs import Batch, Outputs
 from kd.util.errors import UserError, say
 
@@ -137,9 +137,9 @@ def _float(feature: Tensor) -> Tensor:
 
 def named(teacher: str | list[str]) -> dict[str, str]:
     """Names of a config's teachers and where each comes from: `teacher`, or `teacher1`, `teacher2`, ... of a list."""
-    if isinstance(teacher, str) or len(teacher) == 1:
-        return {"teacher": teacher if isinstance(teacher, str) else teacher[0]}
-    return {f"teacher{number}": one for number, one in enumerate(teacher, 1)}
+    each = [teacher] if isinstance(teacher, str) else teacher
+    each = [one if Path(one).is_dir() else bare(one) for one in each]
+    return {f"teacher{number if len(each) > 1 else ''}": one for number, one in enumerate(each, 1)}
 
 
 def load_teachers(
@@ -191,10 +191,8 @@ def _load_member(name: str, classes: Sequence[str], trust: bool) -> Classifier:
                 f"teacher {name!r} with its ImageNet weights does not know {_some(missing)}; "
                 f"fit it to your classes first with train_teacher.py --model {name} --weights imagenet"
             )
-        shape = entry.transforms()
-        view = View(resize=shape.resize_size[0], crop=shape.crop_size[0], mean=tuple(shape.mean), std=tuple(shape.std))
         say(f"teacher {name}: the logits of the {len(classes)} classes among its {len(known)} are used")
-        return build_classifier(name, known, view, weights="imagenet")
+        return build_classifier(name, known, torchvision_nets.view(name), weights="imagenet")
     member = load_classifier(name, trust=trust)
     missing, extra = [c for c in classes if c not in member.classes], [c for c in member.classes if c not in classes]
     if missing or extra:

@@ -51,7 +51,7 @@ def fit(
     Raises:
         UserError: the loss is not finite.
     """
-    run.begin()
+    run.begin(kept=list(distiller.learner.networks)[1:])
     accelerator.wait_for_everyone()
     engine = make_engine(distiller, config, accelerator)
     data = data.on_device(accelerator.device, config.data.device_share)

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch import nn
 
 from kd import keyed
@@ -59,6 +59,10 @@ def make_accelerator(config) -> Accelerator:
     # the millisecond because Accelerate does not hand on what equals NCCL's default, and gloo's is 30 minutes
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=config.peer_timeout, milliseconds=1))
     plugin, precision = _sharding(), _precision(config.mixed_precision)
+    turns = config.learner is not None and bool(config.learner.turns)
+    if turns and (plugin is not None or zero.wanted(world)):
+        name = type(config.learner).__name__
+        raise UserError(f"learner {name} takes turns, which FSDP2 and DeepSpeed do not; use DistributedDataParallel")
     if zero.wanted(world):
         zero.check(config, precision, on_cpu())
     with zero.hidden():
@@ -66,7 +70,7 @@ def make_accelerator(config) -> Accelerator:
             cpu=on_cpu(),
             mixed_precision=precision,
             fsdp_plugin=plugin,
-            kwargs_handlers=[patience],
+            kwargs_handlers=[patience, DistributedDataParallelKwargs(find_unused_parameters=turns)],
             **tracker_arguments(config, config.output_dir),
         )
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
