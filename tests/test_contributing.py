@@ -1,4 +1,4 @@
-"""The loss that CONTRIBUTING.md shows is added as it says, and passes what every loss must pass."""
+"""The loss and the learner that CONTRIBUTING.md shows work as it says; the loss passes what every loss must pass."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import test_losses
 import torch
 from conftest import ROOT
 
+import kd
 from kd.losses import LOSSES
+from kd.train.checkpoint import load_newest
 
 
 @pytest.fixture
 def example(tmp_path, monkeypatch) -> tuple[object, str]:
     """The example's module, listed in LOSSES, and the source of its test."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    module_source, test_source = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    module_source, test_source, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     file = tmp_path / "huber_example.py"
     file.write_text(module_source)
     spec = importlib.util.spec_from_file_location("huber_example", file)
@@ -50,3 +52,20 @@ def test_the_example_trains(example, call, teacher_run, tmp_path):
     result = call("distill", *arguments, "--teacher", teacher_run, "--losses", loss, "--output_dir", tmp_path / "run")
     assert result.status == 0, result.err
     assert "1 * LogitsHuber(delta=2.0)" in result.out + result.err
+
+
+def test_the_learner_and_its_loss_train_and_resume(call, tmp_path, monkeypatch):
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    source, recipe = re.search(r"```python\n(# my_learner\.py.*?)```\n\n```yaml\n(.*?)```", text, re.DOTALL).groups()
+    (tmp_path / "my_learner.py").write_text(source)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ("--config", tmp_path / "recipe.yaml", "--student", "mnist_student", "--data.resize", 28)
+    arguments = (*arguments, "--data.num_train", 100, "--epochs", 2, "--report_to", "none", "--output_dir")
+    result = call("distill", *arguments, tmp_path / "whole")
+    assert result.status == 0, result.err
+    assert "1 * KL[second<student](temperature=2.0) + 0.1 * Margin[second<student]" in result.out
+    assert call("distill", *arguments, tmp_path / "cut", "--max_steps", 2).status == 0
+    state = load_newest(tmp_path / "cut" / "checkpoints")[1]
+    assert {"learner.head.weight", "learner.head.bias"} <= state["distiller"].keys()
+    kd.load(tmp_path / "whole")  # the student alone: what else was trained is not needed
