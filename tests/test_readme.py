@@ -35,7 +35,7 @@ def test_there_are_the_commands_of_the_main_job():
 
 def test_the_loss_and_its_recipe_work(tmp_path, monkeypatch):
     code = next(text for kind, text in BLOCKS if kind == "python" and "class LogitsDistance" in text)
-    recipe = next(text for kind, text in BLOCKS if kind == "yaml")
+    recipe = next(text for kind, text in BLOCKS if kind == "yaml" and "my_losses" in text)
     (tmp_path / "my_losses.py").write_text(code)
     (tmp_path / "r.yaml").write_text(recipe)
     monkeypatch.syspath_prepend(tmp_path)
@@ -51,3 +51,9 @@ def test_pictures_and_links_are_there_and_no_placeholder_is():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
     assert "@@" not in README
+
+
+def test_the_way_of_a_batch_is_short():
+    files = set(re.findall(r"`((?:kd/[\w/]+|distill)\.py)`", README.split("## Two commands")[0]))
+    assert len(files) == 12
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in files) < 1600
