@@ -168,12 +168,17 @@ class CorruptedSplit(Split):
 
 @dataclass
 class Data:
-    """The splits of a source and its class names; val is None when nothing is set aside for validation."""
+    """The splits of a source and its class names; val is None when nothing is set aside for validation.
+
+    views, batch_size: how training images are shown, and how many a step over all processes.
+    """
 
     classes: list[str]
     train: Split
     val: Split | None
     test: Split
+    views: Views = field(default_factory=Views)
+    batch_size: int = 64
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -251,7 +256,7 @@ def load_data(config, download: bool = True, size: tuple[int, int] | None = None
         raise UserError(
             f"data.source {config.source!r} has too few images ({len(train)}) to make train and test splits"
         )
-    return Data(classes, Split(train, places), val, test)
+    return Data(classes, Split(train, places), val, test, Views.of(config), config.batch_size)
 
 
 def _check(config, classes: list[str], stores: dict[str, Store]) -> None:

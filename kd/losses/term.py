@@ -20,7 +20,7 @@ class Term(Loss):
     """
 
     def __init__(self, loss: Loss, student: str = "student", teacher: str = "teacher", turn: str | None = None):
-        super().__init__(loss.weight)
+        super().__init__(getattr(loss, "weight", 1.0))  # without one it is refused with the other losses
         self.require(not isinstance(loss, Term), "loss is a Term itself; give the loss")
         self.loss, self.student, self.teacher, self.turn = loss, student, teacher, turn
         self.needs_teacher, self.sees_batch, self.hard_labels = loss.needs_teacher, loss.sees_batch, loss.hard_labels

@@ -314,11 +314,11 @@ def view_of(run: str | Path) -> View:
     Raises:
         UserError: there is no such run, or its config.json is damaged.
     """
+    if not (Path(run) / "config.json").is_file():
+        raise _no_run(Path(run))
     try:
-        return View(**json.loads((Path(run) / "config.json").read_text())["preprocess"])
-    except FileNotFoundError:
-        raise _no_run(Path(run)) from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        return View(**read_network(Path(run))["preprocess"])
+    except (ValueError, TypeError) as error:
         raise UserError(f"run {str(run)!r} is damaged: config.json: {str(error)[:200]}") from None
 
 

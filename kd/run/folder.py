@@ -231,6 +231,7 @@ class Run:
             config = {**self.config, "output_dir": str(folder), "network": name}
             for file, content in {**files, "config.yaml": yaml.safe_dump(config, sort_keys=False).encode()}.items():
                 write_atomic(folder / file, content)
+            summary = {**summary, "inputs": self.inputs}
             write_atomic(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
 
     def finish(self, files: dict[str, bytes], summary: dict) -> None:

@@ -15,14 +15,15 @@ import math
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd.data import Data, Split, Viewed, Views, default_cache_dir
+from kd.data import Data, Split, Viewed, default_cache_dir
 from kd.models import BACKBONE, Classifier, code_hash, state_hash
 from kd.teachers import Teachers, columns
 from kd.teachers.fixed_table import fixed_table
@@ -57,7 +58,7 @@ def precompute_teachers(data: Data, teachers: Teachers | None, config, accelerat
     members = [(member.preprocess.view.to_dict(), member.classes) for member in teachers.members.values()]
     key = [state_hash(teachers), code_hash(teachers), repr(teachers), teachers.mean, teachers.classes, members]
     key.append(teachers.taps)
-    train = _tabled("teacher", key, compute, data.train, config, accelerator, run)
+    train = _Frozen("teacher", key, compute, data, config, accelerator, run).train()
     return data if train is None else replace(data, train=train)
 
 
@@ -87,100 +88,111 @@ def precompute_backbone(data: Data, learner, config, accelerator, run) -> Data:
     with torch.no_grad(), accelerator.autocast():
         if not isinstance(head, nn.Linear) or not torch.allclose(head(features), logits, atol=1e-4):
             return data
-    if accelerator.is_fsdp2 and not worth_it(config, data.train):
-        return data  # the network cannot be computed alone between steps: it is in parts
     view = classifier.preprocess.view.to_dict()
     key = [_backbone_hash(classifier), code_hash(classifier), repr(classifier.network), view]
-    train = _tabled("backbone", key, compute, data.train, config, accelerator, run)
+    table = _Frozen("backbone", key, compute, data, config, accelerator, run)
+    if accelerator.is_fsdp2 and not table.worth_it:
+        return data  # the network cannot be computed alone between steps: it is in parts
+    train = table.train()
     if train is None:
         return data
-    val = None if data.val is None else _fixed("backbone", key, compute, data.val, config, accelerator)
+    val = None if data.val is None else table.fixed(data.val)
     without = replace(train, shows=bool(train.viewed))  # the images are needed only for views that are not there yet
     return replace(data, train=without, val=data.val if val is None else replace(val, shows=False))
 
 
-def _passes(config, split: Split) -> float:
-    """How often a run shows each training image."""
-    images = min(config.epochs * len(split), (config.max_steps or math.inf) * config.data.batch_size)
-    return images / len(split)
+@dataclass
+class _Frozen:
+    """A frozen network whose outputs are to be columns.
 
-
-def worth_it(config, split: Split) -> bool:
-    """Whether the views are fixed, and the run shows the training images more than once."""
-    wanted = config.precompute == "always" or (config.precompute == "auto" and _passes(config, split) > 1)
-    return wanted and Views.of(config.data).plain
-
-
-def _tabled(kind: str, key: list, compute: Compute, split: Split, config, accelerator, run) -> Split | None:
-    """The training images with these columns, None where a table is not possible or not worth it; says which."""
-    if worth_it(config, split):
-        return _fixed(kind, key, compute, split, config, accelerator)
-    table = _view_table(kind, key, compute, split, config, accelerator, run)
-    return None if table is None else replace(split, viewed=[*split.viewed, Viewed(table, compute)])
-
-
-def _fixed(kind: str, key: list, compute: Compute, split: Split, config, accelerator) -> Split | None:
-    folder = _folder(kind, key, split, config, accelerator, fixed=True)
-    rows = fixed_table(kind, folder, compute, split, accelerator)
-    return None if rows is None else replace(split, rows={**split.rows, **rows})
-
-
-def _folder(kind: str, key: list, split: Split, config, accelerator, fixed: bool) -> Path:
-    """The folder of a table, named by all that it depends on."""
-    views, places = Views.of(config.data), hashlib.sha256(split.places.tobytes()).hexdigest()
-    # what an image is mixed with depends on which images there are
-    of = places if fixed else [*views.identity(), places] if views.mixes else views.identity()
-    parts = [FORMAT, *key, accelerator.mixed_precision, split.store.identity(), of, accelerator.device.type]
-    name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-    cache_dir = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else default_cache_dir()
-    return cache_dir / "tables" / f"{kind}-{name}"
-
-
-@torch.no_grad()
-def _view_table(kind: str, key: list, compute: Compute, split: Split, config, accelerator, run) -> ViewTable | None:
-    """The table of a network's outputs for views, if there is to be one; says which.
-
-    It holds all images of the store, so that runs on other parts of it share it.
+    kind: what it is, in words.
+    key: what its outputs depend on beside images and views, JSON values.
+    compute: gives the columns for the columns of a batch.
     """
-    views = Views.of(config.data)
-    folder = _folder(kind, key, split, config, accelerator, fixed=False)
-    first = compute(split.read(np.arange(1), accelerator.device)[0])
-    shapes = {name: tuple(value.shape[1:]) for name, value in first.items()}
 
-    def choose() -> str:
-        return _choice(folder, shapes, split, views, config)
+    kind: str
+    key: list
+    compute: Compute
+    data: Data
+    config: Any
+    accelerator: Any
+    run: Any
 
-    if accelerator.is_main_process:
-        run.settle(f"{kind} table", choose)
-    accelerator.wait_for_everyone()
-    chosen = run.settle(f"{kind} table", choose)
-    if chosen != "table":
-        say(f"{kind}: computed at each step{chosen}")
-        return None
-    table = ViewTable(folder, shapes, len(split.store), views.count)
-    size, filled = record_of(shapes).itemsize * len(split) * views.count, table.filled(split.places)
-    what = f"{views.count} views of {len(split)} images, {size / 1e6:.2f} MB of float16 when full, {filled:.0%} filled"
-    say(f"{kind}: computed once for each view ({what}), kept in {folder}")
-    return table
+    @property
+    def passes(self) -> float:
+        """How often the run shows each training image."""
+        count = len(self.data.train)
+        return min(self.config.epochs * count, (self.config.max_steps or math.inf) * self.data.batch_size) / count
 
+    @property
+    def worth_it(self) -> bool:
+        """Whether the views are fixed, and the run shows the training images more than once."""
+        wanted = self.config.precompute == "always" or (self.config.precompute == "auto" and self.passes > 1)
+        return wanted and self.data.views.plain
 
-def _choice(folder: Path, shapes: dict[str, tuple], split: Split, views: Views, config) -> str:
-    """`table` where a table of views is to be made, else why not, as the end of a sentence."""
-    if views.plain:
-        return ""
-    if views.count is None:
-        return " (views without end; with data.views_per_image a table is possible)"
-    size = record_of(shapes).itemsize * len(split) * views.count
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    room = SHARE_OF_DISK * (shutil.disk_usage(folder.parent).free + taken(folder))
-    if size > room:
-        return f" (a table would take {size / 1e9:.3g} GB, the limit is {room / 1e9:.3g}: 1/4 of the free disk)"
-    filled = ViewTable(folder, shapes, len(split.store), views.count).filled(split.places) if taken(folder) else 0
-    passes = _passes(config, split)
-    found = 1 - (1 - filled) * views.expected_new(passes) / passes
-    if config.precompute == "auto" and found < MIN_FOUND:
-        return f" (of a table of {views.count} views {found:.0%} would be found; --precompute always makes one)"
-    return "table"
+    def train(self) -> Split | None:
+        """The training images with the columns, None where a table is not possible or not worth it; says which."""
+        if self.worth_it:
+            return self.fixed(self.data.train)
+        table = self._view_table()
+        return None if table is None else replace(self.data.train, viewed=[Viewed(table, self.compute)])
+
+    def fixed(self, split: Split) -> Split | None:
+        """A split with the columns of its images as they are stored; None where they would take too much."""
+        folder = self._folder(split, hashlib.sha256(split.places.tobytes()).hexdigest())
+        rows = fixed_table(self.kind, folder, self.compute, split, self.accelerator)
+        return None if rows is None else replace(split, rows={**split.rows, **rows})
+
+    def _folder(self, split: Split, of) -> Path:
+        """The folder of a table, named by all that it depends on, `of` which views among it."""
+        settings, accelerator = self.config.data, self.accelerator
+        parts = [FORMAT, *self.key, accelerator.mixed_precision, split.store.identity(), of, accelerator.device.type]
+        name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+        cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else default_cache_dir()
+        return cache_dir / "tables" / f"{self.kind}-{name}"
+
+    @torch.no_grad()
+    def _view_table(self) -> ViewTable | None:
+        """The table of the training images' views, if there is to be one; says which.
+
+        It holds all images of the store, so that runs on other parts of it share it.
+        """
+        split, views, accelerator = self.data.train, self.data.views, self.accelerator
+        # what an image is mixed with depends on which images there are
+        mixed = [hashlib.sha256(split.places.tobytes()).hexdigest()] if views.mixes else []
+        folder = self._folder(split, [*views.identity(), *mixed])
+        first = self.compute(split.read(np.arange(1), accelerator.device)[0])
+        shapes = {name: tuple(value.shape[1:]) for name, value in first.items()}
+        if accelerator.is_main_process:
+            self.run.settle(f"{self.kind} table", lambda: self._choice(folder, shapes))
+        accelerator.wait_for_everyone()
+        chosen = self.run.settle(f"{self.kind} table", lambda: self._choice(folder, shapes))
+        if chosen != "table":
+            say(f"{self.kind}: computed at each step{chosen}")
+            return None
+        table = ViewTable(folder, shapes, len(split.store), views.count)
+        size, filled = record_of(shapes).itemsize * len(split) * views.count, table.filled(split.places)
+        what = f"{views.count} views of {len(split)} images, {size / 1e6:.2f} MB of float16 when full"
+        say(f"{self.kind}: computed once for each view ({what}, {filled:.0%} filled), kept in {folder}")
+        return table
+
+    def _choice(self, folder: Path, shapes: dict[str, tuple]) -> str:
+        """`table` where a table of views is to be made, else why not, as the end of a sentence."""
+        split, views = self.data.train, self.data.views
+        if views.plain:
+            return ""
+        if views.count is None:
+            return " (views without end; with data.views_per_image a table is possible)"
+        size = record_of(shapes).itemsize * len(split) * views.count
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        room = SHARE_OF_DISK * (shutil.disk_usage(folder.parent).free + taken(folder))
+        if size > room:
+            return f" (a table would take {size / 1e9:.3g} GB, the limit is {room / 1e9:.3g}: 1/4 of the free disk)"
+        filled = ViewTable(folder, shapes, len(split.store), views.count).filled(split.places) if taken(folder) else 0
+        found = 1 - (1 - filled) * views.expected_new(self.passes) / self.passes
+        if self.config.precompute == "auto" and found < MIN_FOUND:
+            return f" (of a table of {views.count} views {found:.0%} would be found; --precompute always makes one)"
+        return "table"
 
 
 @contextmanager

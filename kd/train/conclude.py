@@ -80,7 +80,7 @@ class _Measured:
 def _measure(network: nn.Module, best, epoch: int | None, data: Data, config, accelerator) -> _Measured:
     """Measure a network's last weights and its best, where there are such; leaves it with those of `config.select`."""
     last = {name: tensor.detach().clone() for name, tensor in network.network.state_dict().items()}
-    size, results, logits_of = config.data.batch_size, {}, {}
+    size, results, logits_of = data.batch_size, {}, {}
     for name, weights in (("best", best), ("last", last)):
         if not weights:
             continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from kd.data import Data, TrainBatches, Views
+from kd.data import Data, TrainBatches
 from kd.run.folder import Run
 from kd.teachers import Teachers
 from kd.track import Tracker
@@ -56,8 +56,8 @@ def fit(
     engine = make_engine(distiller, config, accelerator)
     data = data.on_device(accelerator.device, config.data.device_share)
     batches = _batches(data, config, accelerator)
-    per_epoch, size, received = batches.steps_per_epoch, config.data.batch_size, 0
-    total = total_steps(config, len(data.train))
+    per_epoch, received = batches.steps_per_epoch, 0
+    total = total_steps(config, data)
     progress, best = _resume(engine, accelerator, run)
     kept = Kept(distiller.learner, accelerator, best)
     recorder = Recorder(distiller, config, accelerator, run, total, batches.images_seen, progress)
@@ -75,7 +75,9 @@ def fit(
                 recorder.interval(lr, norm)
             if epoch_ends:
                 kept.refresh()  # what is measured is what is saved
-                recorder.epoch({} if data.val is None else kept.validate(data.val, size, epoch, progress.best))
+                recorder.epoch(
+                    {} if data.val is None else kept.validate(data.val, data.batch_size, epoch, progress.best)
+                )
             received = stop.agreed()
             due = progress.step % config.checkpoint_every == 0 if config.checkpoint_every else epoch_ends
             if received or due or progress.step == total:
@@ -92,11 +94,11 @@ def fit(
 def _batches(data: Data, config, accelerator: Accelerator) -> TrainBatches:
     return TrainBatches(
         data.train,
-        config.data.batch_size,
+        data.batch_size,
         config.seed,
         accelerator.process_index,
         accelerator.num_processes,
-        Views.of(config.data),
+        data.views,
         config.accumulate,
         len(data.classes),
     )

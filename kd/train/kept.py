@@ -41,14 +41,15 @@ class Kept:
             for name, network in self._learner.networks.items():
                 copy_whole(network, self.networks[name].to(self._accelerator.device))
 
-    def validate(self, split: Split, batch_size: int, epoch: int, best: dict[str, dict]) -> dict[str, float]:
-        """Accuracy and negative log likelihood of each network, by the names under which they are logged.
+    def validate(self, split: Split | None, batch_size: int, epoch: int, best: dict[str, dict]) -> dict[str, float]:
+        """Accuracy and negative log likelihood of each network, by the names under which they are logged; nothing
+        without a split.
 
         Args:
             best: of each network `epoch` and `val_accuracy` of its best epoch; brought up to date, as the weights are.
         """
         row = {}
-        for place, (name, network) in enumerate(self.networks.items()):
+        for place, (name, network) in enumerate(self.networks.items() if split is not None else ()):
             logits, labels = predict(network, split, batch_size, self._accelerator)
             prefix = f"val/{name}/" if place else "val/"
             accuracy = row[f"{prefix}accuracy"] = metrics.accuracy(logits, labels)

@@ -47,7 +47,7 @@ def learning_rate(config: OptimizerConfig, step: int, total: int, per_epoch: int
     return config.lr
 
 
-def total_steps(config, num_images: int) -> int:
-    """Optimizer steps of a whole run on so many training images."""
-    steps = config.epochs * -(-num_images // config.data.batch_size)
+def total_steps(config, data) -> int:
+    """Optimizer steps of a whole run on a `kd.data.Data`."""
+    steps = config.epochs * -(-len(data.train) // data.batch_size)
     return steps if config.max_steps is None else min(steps, config.max_steps)

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataPara
 from torch import nn
 
 from kd import keyed
-from kd.data import Data, Views
+from kd.data import Data
 from kd.losses import Setting
 from kd.models import Classifier, View, build_classifier, load_classifier
 from kd.run.folder import Run
@@ -205,7 +205,7 @@ def build_learner(network: Classifier, teachers: Teachers | None, data: Data, co
 
 def build_distiller(learner: Learner, teachers: Teachers | None, data: Data, config) -> Distiller:
     """The learner with the terms of its objective; see `Distiller` for the errors."""
-    setting = Setting(labels=data.train_labels, epochs=config.epochs, steps=total_steps(config, len(data.train)))
+    setting = Setting(labels=data.train_labels, epochs=config.epochs, steps=total_steps(config, data))
     return Distiller(learner, config.losses, teachers, data.image_shape, setting, config.seed)
 
 
@@ -297,13 +297,13 @@ def announce(distiller: Distiller, data: Data, config, accelerator: Accelerator)
     val = f"{len(data.val)} validation" if data.val else "no validation"
     counts = f"{len(data.train)} train, {val}, {len(data.test)} test images, {len(data.classes)} classes"
     say(f"data: {config.data.source}: {counts}")
-    if not (views := Views.of(config.data)).plain:
-        say(f"views: {views.words()}")
+    if not data.views.plain:
+        say(f"views: {data.views.words()}")
     for name, network in distiller.learner.networks.items():
         label = "network" if name == "student" else name
         say(f"{label}: {network.recipe['model']}, {_sizes(network)}")
     say(f"objective: {distiller.objective()}")
-    world, batch = accelerator.num_processes, config.data.batch_size
+    world, batch = accelerator.num_processes, data.batch_size
     shares = f"batch {batch} = {world} x {batch // world}"
     threads = f" with {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
     parts = f", weights in {world} parts (FSDP2)" if accelerator.is_fsdp2 else ""

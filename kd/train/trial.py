@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from kd.data import Data, TrainBatches, Views
+from kd.data import Data, TrainBatches
 from kd.outputs import Batch
 from kd.util.errors import UserError
 from kd.util.own_code import blamed, described
@@ -45,7 +45,7 @@ def try_first_batch(distiller: nn.Module, teachers: Callable | None, data: Data,
     if accelerator.is_fsdp2:
         return
     device, what = accelerator.device, f"a trial on {NUM_IMAGES} training images failed"
-    batches = TrainBatches(data.train, NUM_IMAGES, config.seed, 0, 1, Views.of(config.data), 1, len(data.classes))
+    batches = TrainBatches(data.train, NUM_IMAGES, config.seed, 0, 1, data.views, 1, len(data.classes))
     try:
         with _unchanged(distiller.to(device).train()), blamed(what):
             batch, _ = batches.read(0, device)

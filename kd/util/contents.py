@@ -92,8 +92,8 @@ def read_inputs(folder: Path) -> dict | None:
     """What a run learns from; None where it does not say.
 
     Returns:
-        `overwrote`, whether it began in place of another; `kept`, names of its other networks; `data` by split, see `kd.data.identity`; `weights`, a sha256
-        by run folder.
+        `overwrote`, whether it began in place of another; `kept`, names of its other networks; `data` by split, see
+        `kd.data.identity`; `weights`, a sha256 by run folder.
 
     Raises:
         UserError: its inputs.json is damaged.
