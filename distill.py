@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         network = build_trained(config.student, data, config)
         learner = build_learner(network, teachers, data, config)
         distiller = build_distiller(learner, teachers, data, config)
+        teachers = teachers if distiller.needs_teacher else None  # what no term compares with is not computed
         remember(run, config, data)
         announce(distiller, data, config, accelerator)
         try_first_batch(distiller, teachers, data, config, accelerator)

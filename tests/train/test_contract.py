@@ -160,6 +160,17 @@ def test_several_teachers_have_names_and_a_mean():
     assert terms["KL[student<teacher1]"].item() == pytest.approx(whole.item() / 2, rel=1e-6)  # the mean of two
 
 
+def test_a_teacher_that_no_term_compares_with_is_not_computed(call, teacher_run, tmp_path, monkeypatch):
+    computed = []
+    forward = Teachers.outputs
+    monkeypatch.setattr(Teachers, "outputs", lambda self, inputs: computed.append(1) or forward(self, inputs))
+    arguments = ("--student", "mnist_student", "--data.resize", 28, "--data.num_train", 40, "--max_steps", 1)
+    arguments = (*arguments, "--report_to", "none", "--teacher", teacher_run, "--output_dir", tmp_path / "run")
+    result = call("distill", *arguments, "--losses", '[{"class_path": "CrossEntropy"}]')
+    assert result.status == 0, result.err
+    assert not computed
+
+
 class Alternating(Learner):
     """A student, and a critic of its logits that moves every other step: it tells the student's from the labels'."""
 
