@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kd.outputs import Batch, Outputs
+from kd.students import Learner
 from kd.train import zero
 from kd.train.checkpoint import load_optimizer_tensors, optimizer_tensors
 from kd.train.distiller import Distiller
 from kd.train.optim import make_optimizer
-from kd.util.gathers import gradient_norm, share_loss_buffers, share_out, whole
+from kd.util.gathers import gradient_norm, share_buffers, share_loss_buffers, share_out, whole
 
 
 class Engine:
@@ -54,6 +55,8 @@ class Engine:
         """
         if self._share_buffers:
             share_loss_buffers(self.distiller.losses.values())
+            if type(self.distiller.learner).after_step is not Learner.after_step:  # an average of buffers, for example
+                share_buffers(self.distiller.learner)
         with self._accumulating(last):
             with self.accelerator.autocast():  # Accelerate's own wrapper does this too, but not under FSDP2
                 terms = self.model(batch, teachers)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import assert_one_line
 from test_resume import assert_same_run, rows
+from test_sharded import ENGINES
 
 import kd
 from kd.losses import KL, CrossEntropy, Term
@@ -152,6 +153,20 @@ def test_every_learner_takes_the_same_first_step_on_two_processes(command, tmp_p
         assert {k: v for k, v in same.items() if k != "gradient_norm"} == {
             k: pytest.approx(v, rel=1e-4, abs=1e-6) for k, v in row.items() if k != "gradient_norm"
         }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNERS)
+def test_every_learner_is_sharded_by_fsdp2_and_resumes_exactly(command, tmp_path, name):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arguments, fsdp2 = (*command(name)[:-1], "--max_steps", 4, "--output_dir"), ENGINES["fsdp2"]
+    assert children.run_several("distill", (*arguments, whole), 2, environment=fsdp2) == [0, 0]
+    stop = ("kd.train.meter.Meter.add:SIGTERM", 3)
+    assert children.run_several("distill", (*arguments, cut), 2, stop, fsdp2) == [143, 143]
+    assert children.run_several("distill", (*arguments, cut), 2, environment=fsdp2) == [0, 0]
+    for one, other in zip(folders(cut, name), folders(whole, name), strict=True):
+        assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+        assert kd.load(one)(torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)).isfinite().all()
 
 
 @pytest.mark.slow
