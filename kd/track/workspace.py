@@ -55,27 +55,17 @@ def find_group(group: str, project: str | None) -> Group:
     return Group(sorted(names), project or projects[0], sorted(keys - set(NOT_TERMS)))
 
 
-def build(group: Group, entity: str, name: str):
-    """The `wandb_workspaces` workspace, not sent: its runs are the group's, by job type, the best on validation first.
-
-    Raises:
-        UserError: the package is not installed.
-    """
-    try:
-        import wandb_workspaces.reports.v2 as panels
-        import wandb_workspaces.workspaces as workspaces
-        from wandb_workspaces import expr
-    except ModuleNotFoundError:
-        raise UserError("kd.workspace needs the package wandb-workspaces; pip install wandb-workspaces") from None
-    summary, metric = panels.SummaryMetric, expr.Metric
+def _sections(panels, names: list[str]) -> dict[str, list]:
+    """The panels of each section; `panels` is the package's module, `names` are those of the loss terms."""
+    summary = panels.SummaryMetric
     over = {"x": "epoch", "max_runs_to_show": 100}
-    terms = [panels.LinePlot(title=term, y=[term], log_y=True, **over) for term in group.terms]
+    terms = [panels.LinePlot(title=term, y=[term], log_y=True, **over) for term in names]
     terms = terms or [panels.LinePlot(title="loss terms", metric_regex="epoch/[A-Z].*", log_y=True, **over)]
 
     def against_cost(cost: str, title: str):
         return panels.ScatterPlot(title=title, x=summary(cost), y=summary("test_accuracy"), log_x=True)
 
-    sections = {
+    return {
         "Accuracy": [
             panels.LinePlot(title="validation accuracy, %", y=["val/accuracy"], **over),
             panels.LinePlot(title="validation accuracy, %, by images seen", x="images_seen", y=["val/accuracy"]),
@@ -103,6 +93,21 @@ def build(group: Group, entity: str, name: str):
         ],
         "What differs": [panels.RunComparer(diff_only="split")],
     }
+
+
+def build(group: Group, entity: str, name: str):
+    """The `wandb_workspaces` workspace, not sent: its runs are the group's, by job type, the best on validation first.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        import wandb_workspaces.reports.v2 as panels
+        import wandb_workspaces.workspaces as workspaces
+        from wandb_workspaces import expr
+    except ModuleNotFoundError:
+        raise UserError("kd.workspace needs the package wandb-workspaces; pip install wandb-workspaces") from None
+    metric, sections = expr.Metric, _sections(panels, group.terms)
     columns = ("test_accuracy", "val_accuracy", "test_nll", "test_ece", "num_params", "multiply_adds", "seconds")
     return workspaces.Workspace(
         entity=entity,
