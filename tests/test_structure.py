@@ -32,7 +32,7 @@ ROOMS = (
     "report",
     "tools",
 )
-COMMANDS = {"predict", "export", "sweep", "workspace"}  # files of a few lines, `python -m kd.NAME`
+COMMANDS = {"adopt", "predict", "export", "sweep", "workspace"}  # files of a few lines, `python -m kd.NAME`
 KNOWS_PROCESSES = ("train/", "track/", "util/gathers.py", "util/processes.py")
 
 

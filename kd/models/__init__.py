@@ -6,6 +6,7 @@ import copy
 import hashlib
 import inspect
 import json
+import pickle
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -252,7 +253,7 @@ def build_classifier(
     """
     state, name = None, bare(name)
     if weights is not None:
-        state = _read_weights(name, weights)
+        state = read_weights(name, weights)
     elif freeze_backbone:
         raise UserError(f"freeze_backbone would freeze the random weights of {name}; give weights too")
     if state is None:
@@ -266,7 +267,14 @@ def build_classifier(
     return classifier
 
 
-def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
+def read_weights(name: str, weights: str) -> dict[str, Tensor]:
+    """A state dict, by what `build_classifier` takes as weights; without the prefixes of wrappers.
+
+    A training checkpoint's is its `state_dict_ema`, `state_dict` or `model`, the first that is there.
+
+    Raises:
+        UserError: there is none, it is damaged, or holds more than tensors.
+    """
     path = Path(weights)
     if path.suffix not in (".safetensors", ".pth", ".pt", ".bin") and _of_torchvision(name):
         return torchvision_nets.download_weights(torchvision_nets.pretrained(name, weights))
@@ -276,14 +284,24 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)  # a full pickle could run code
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"weights {weights!r} cannot be read: damaged, or with objects in it that could run code, which are not "
+            f"loaded; save network.state_dict() alone"
+        ) from None
     except Exception as error:  # many kinds, by format and by damage; all mean the same to the user
         raise UserError(f"weights {weights!r} cannot be read: {' '.join(str(error).split())[:200]}") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if isinstance(state, dict):
+        held = [key for key in ("state_dict_ema", "state_dict", "model") if isinstance(state.get(key), dict)]
+        state = state[held[0]] if held else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         held = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else type(state).__name__
         raise UserError(
             f"weights {weights!r} hold no state dict of tensors but {held}; save network.state_dict() alone"
         )
+    for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     return state
 
 
@@ -296,6 +314,14 @@ def _with_weights(name, state, num_classes, model_args, weights) -> tuple[nn.Mod
     if rows not in (None, num_classes):
         with torch.random.fork_rng(devices=[]):
             network = build_network(name, rows, model_args, trust=True)
+    fill(network, state, name, weights)
+    if rows != num_classes:
+        torchvision_nets.replace_head(network, num_classes)
+    return network, head
+
+
+def fill(network: nn.Module, state: dict[str, Tensor], name: str, weights: str) -> None:
+    """Load a state dict, whole and in float32; raises a UserError where it does not fit."""
     try:
         network.load_state_dict(
             {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
@@ -303,9 +329,6 @@ def _with_weights(name, state, num_classes, model_args, weights) -> tuple[nn.Mod
     except RuntimeError as error:
         reason = re.sub(r"\s+", " ", str(error))[:300]
         raise UserError(f"weights {weights!r} do not fit {name}: {reason}") from None
-    if rows != num_classes:
-        torchvision_nets.replace_head(network, num_classes)
-    return network, head
 
 
 def view_of(run: str | Path) -> View:

@@ -107,7 +107,8 @@ def soft_targets(students: list[Measured]) -> list[dict]:
     parts = []
     for taught in list(found.values())[:MOST_TEACHERS]:
         first, names = taught[0], taught[0].row["teacher"]
-        used = {loss.get("init_args", {}).get("temperature") for s in taught for loss in s.row["config"]["losses"]}
+        losses = [loss for s in taught for loss in s.row["config"].get("losses") or []]
+        used = {loss.get("init_args", {}).get("temperature") for loss in losses}
         used = sorted(value for value in used if isinstance(value, int | float) and value not in TEMPERATURES)
         temperatures = sorted([*TEMPERATURES, *used][:MOST_TEMPERATURES])
         logits, classes = first.teacher_logits, list(first.row["per_class"])

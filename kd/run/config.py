@@ -399,6 +399,29 @@ class EvaluateConfig:
             )
 
 
+@dataclass
+class AdoptConfig(_Trained):
+    """Make a finished run of a network that was trained elsewhere, and measure it."""
+
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """keyword arguments of the network, such as {dropout: 0.0}"""
+    weights: str = ""
+    """its weights: a file (.safetensors, or .pth with a state dict alone or in a checkpoint), or a torchvision entry"""
+    classes: str | None = None
+    """file with the network's class names in its order, one per line; null for the data's, in their order"""
+    data: DataConfig = field(default_factory=DataConfig)
+    output_dir: str = "runs/adopted"
+    """the run folder; $NAME in it is the environment's, $$ is a dollar"""
+    num_threads: Threads | None = None
+    """CPU threads; null for all cores, or $OMP_NUM_THREADS"""
+    overwrite: bool = False
+    """delete what an earlier run left in output_dir and start anew"""
+
+    def __post_init__(self):
+        _require(self.weights != "", "weights is empty; name the file of the trained weights")
+        _require(self.output_dir != "", "output_dir is empty; name a folder")
+
+
 DEFAULT_LOSSES = {
     TeacherConfig: [{"class_path": "CrossEntropy"}],
     DistillConfig: [

@@ -78,7 +78,8 @@ def explain(message: str) -> str:
     if limits:
         words = limits[1].replace("v>-inf and v<inf", "finite").replace("v<inf", "finite")
         words = re.sub("v(>=|<=|>|<)", lambda sign: _LIMITS[sign[1]], words.strip())
-        return f"{name} {_short(value)} must be {' or '.join([words, *kinds])}"
+        trained = "; a network that is trained already becomes a run by python -m kd.adopt" if name == "epochs" else ""
+        return f"{name} {_short(value)} must be {' or '.join([words, *kinds])}{trained}"
     if kinds:
         return f"{name}: {_short(value)!r} is of the wrong type; it takes {' or '.join(dict.fromkeys(kinds))}"
     return f"{name}: {_short(rest)}"

@@ -15,21 +15,29 @@ from typing import get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from kd.run.config import DEFAULT_LOSSES, FREE_FIELDS, DataConfig, DistillConfig, OptimizerConfig, TeacherConfig
+from kd.run.config import (
+    DEFAULT_LOSSES,
+    FREE_FIELDS,
+    AdoptConfig,
+    DataConfig,
+    DistillConfig,
+    OptimizerConfig,
+    TeacherConfig,
+)
 from kd.run.messages import explain, unknown_field
 from kd.run.objective import CHANGE, change_losses, explain_loss, with_defaults
 from kd.util.errors import UserError
 from kd.util.own_code import blamed
 from kd.util.yaml_files import read_yaml
 
-_SCRIPTS = {TeacherConfig: "train_teacher.py", DistillConfig: "distill.py"}
+_SCRIPTS = {TeacherConfig: "train_teacher.py", DistillConfig: "distill.py", AdoptConfig: "python -m kd.adopt"}
 
 
 def parse(config_class, argv: list[str] | None, positional: str | None = None):
     """A config from a recipe (`--config`) and flags, and its resolved form.
 
     Args:
-        config_class: TeacherConfig, DistillConfig or EvaluateConfig.
+        config_class: TeacherConfig, DistillConfig, EvaluateConfig or AdoptConfig.
         argv: the arguments; None for the command line's.
         positional: name of a list of positional arguments to take too.
 
@@ -59,6 +67,7 @@ def parse(config_class, argv: list[str] | None, positional: str | None = None):
             namespace = parser.parse_args(_for_jsonargparse(flags) + words)
             if "losses" in fields:
                 change_losses(namespace.losses, flags)
+            if "output_dir" in fields:
                 namespace.output_dir = _expand(namespace.output_dir)
                 parser.validate(namespace)
             values = parser.instantiate(namespace)
@@ -74,7 +83,7 @@ def parse(config_class, argv: list[str] | None, positional: str | None = None):
     if "overwrite" in fields:
         config.resolved["overwrite"] = False  # or a run started again from its own config.yaml would delete itself
         config.resolved["output_dir"] = config.output_dir.replace("$", "$$")
-    config.resolved.pop("trust_code")  # what a run may do is said by who starts it, each time
+    config.resolved.pop("trust_code", None)  # what a run may do is said by who starts it, each time
     if "print_config" in given:
         print(yaml.safe_dump(config.resolved, sort_keys=False), end="")
         sys.exit(0)

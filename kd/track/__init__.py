@@ -58,7 +58,7 @@ class Tracker:
     """
 
     def __init__(self, accelerator: Accelerator, run: Run, config, objective: str, keep_bytes: int):
-        self._accelerator, self._file, self._run, self._last = accelerator, None, None, {"step": 0}
+        self._accelerator, self._file, self._run, self._last = accelerator, None, None, {"step": 0, "epoch": 0}
         name = choose_tracker(config.report_to)
         if not run.is_main:
             return

@@ -62,7 +62,10 @@ def seen_by(teacher: str, config, data: Data) -> str:
     """
     if not (Path(teacher) / "config.yaml").is_file():
         return ""
-    theirs = recorded_data(read_config(Path(teacher))["data"], teacher)
+    content = read_config(Path(teacher))
+    if "losses" not in content:  # `kd.tools.adopt` made it, and on what it was trained is not known
+        return ""
+    theirs = recorded_data(content["data"], teacher)
     differing = [name for name in SPLITTING if getattr(theirs, name) != getattr(config, name)]
     if not differing or _place(theirs.source) != _place(config.source):
         return ""

@@ -23,8 +23,8 @@ _ARGUMENTS = {
 }
 _CONFIG = {
     "data": {"source": str, "num_train?": _OPTIONAL_INT},  # the rest is checked by `kd.run.recorded`
-    "losses": [{"class_path": str, "init_args?": (_ARGUMENTS, None)}],
-    "epochs": int,
+    "losses?": [{"class_path": str, "init_args?": (_ARGUMENTS, None)}],
+    "epochs?": int,  # it and losses are absent where nothing was trained, see `kd.tools.adopt`
     "output_dir": str,
     "seed?": int,
     "model?": _OPTIONAL_STRING,

@@ -82,12 +82,13 @@ def _metadata(name: str, config: dict, summary: dict, license: str | None) -> Mo
 def _values(run: Path, config: dict, summaries: list[dict]) -> dict:
     """What the template shows."""
     saved, data, teachers = read_network(run), config["data"], config.get("teacher") or []
+    losses = config.get("losses") or []  # none where `kd.tools.adopt` took weights as they were
     kind, arguments = saved["model"], saved["model_args"]
     if reused := kind == "reused_head":
         kind, arguments = arguments["student"], arguments["student_args"]
     given = escaped(", ".join(f"{key}={value}" for key, value in arguments.items()))
     share, count = summaries[0]["test_accuracy"] / 100, summaries[0]["images"]["test"]
-    first = config["weights"] or config["init_from"]
+    first = config["weights"] or config.get("init_from")
     return {
         "title": escaped(_name(run)),
         "network": f"`{kind}`" + (f" ({given})" if given else ""),
@@ -102,8 +103,9 @@ def _values(run: Path, config: dict, summaries: list[dict]) -> dict:
         "view": saved["preprocess"],
         "views": Views.of(recorded_data(data, str(run))).words(),
         "first_weights": _public(first) if first else None,
-        "objective": escaped(objective(config["losses"])),
-        "losses": [words for words in dict.fromkeys(map(_in_words, config["losses"])) if words],
+        "adopted": "losses" not in config,
+        "objective": escaped(objective(losses)),
+        "losses": [words for words in dict.fromkeys(map(_in_words, losses)) if words],
         "standard_error": 100 * math.sqrt(share * (1 - share) / count),
         "versions": escaped(", ".join(f"{name} {number}" for name, number in summaries[0]["versions"].items())),
         "summary": _all_escaped(summaries[0]),
