@@ -73,7 +73,7 @@ def key(*parts: int) -> int:
 
 
 def keys(base: int | Tensor, index: Tensor) -> Tensor:
-    """Mix a key, or keys (int64), with each integer of `index` (any shape, int64): one key an element, same shape."""
+    """Mix a key, or keys (int64), with each integer of `index` (any shape, int64): one key per element, same shape."""
     return _finalise(base + (index + 1) * _signed(_GOLDEN))
 
 

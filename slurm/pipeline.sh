@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A teacher, then an array of students over recipes and seeds, then their comparison; each starts when the one before it
-# has ended well. Prints the jobs' numbers. Run again after a failure it goes on: what is finished ends at once.
+# has ended well. Prints the jobs' numbers. Run again after a failure it resumes: what is finished ends at once.
 #
 #   slurm/pipeline.sh -t recipes/stl10/teacher.yaml -a recipes/stl10/student.yaml -d recipes/stl10/kd.yaml \
 #     -d "recipes/stl10/kd.yaml --losses+=CosineEmbedding ..." -s "0 1 2" -o runs/pipeline [-- FLAGS FOR EVERY RUN]

@@ -6,7 +6,7 @@
 : "${KD_PARTITION:=}"
 : "${KD_ACCOUNT:=}"
 : "${KD_QOS:=}"
-: "${KD_TIME:=04:00:00}"  # a run that needs longer goes on in the job's next start
+: "${KD_TIME:=04:00:00}"  # a run that needs longer resumes in the job's next start
 : "${KD_NODES:=1}"
 : "${KD_GPUS_PER_NODE:=}" # 4, or a100:4; empty for CPUs
 : "${KD_CPUS_PER_NODE:=}"

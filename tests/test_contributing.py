@@ -42,7 +42,7 @@ def test_the_example_passes_what_every_loss_must(example):
     for size, num_classes in ((1, 2), (6, 1000)):
         test_losses.test_every_loss_is_finite_far_out_and_in_half_precision("LogitsHuber", num_classes, size)
     test_losses.test_every_loss_is_weighted_and_trains_exactly_what_is_its_own("LogitsHuber")
-    test_losses.test_every_loss_goes_on_exactly_from_its_state("LogitsHuber")
+    test_losses.test_every_loss_resumes_exactly_from_its_state("LogitsHuber")
     test_losses.test_every_loss_lists_its_paper("LogitsHuber")
 
 

@@ -29,7 +29,7 @@ UpTo1024 = restricted_number_type("UpTo1024", int, [(">=", 0), ("<=", 1024)])
 Threads = restricted_number_type("Threads", int, [(">=", 1), ("<=", 1024)])
 Seconds = restricted_number_type("Seconds", int, [(">=", 1), ("<=", 10**7)])
 
-# Fields that do not change what a run computes: a run goes on when only these differ.
+# Fields that do not change what a run computes: a run resumes when only these differ.
 FREE_FIELDS = (
     "output_dir",
     "overwrite",
@@ -63,7 +63,7 @@ class DataConfig:
     source: str = "digits"
     """digits, mnist, cifar10, cifar100, stl10; hub:owner/name; a folder of images or of Parquet files"""
     batch_size: PositiveInt = 64
-    """images a step, over all processes together"""
+    """images per step, over all processes together"""
     num_train: PositiveInt | None = None
     """train on a class-balanced subset of this many images"""
     val_fraction: BelowOne = 0.1
@@ -237,7 +237,7 @@ class TrainConfig:
     log_media: bool = True
     """give the tracker, at the end, a confusion matrix, the hardest test images and, W&B, the network as an artifact"""
     accumulate: PositiveInt = 1
-    """micro-batches a step: each process's images of a step go through the networks in so many parts, to save memory;
+    """micro-batches per step: each process's images of a step go through the networks in so many parts, to save memory;
     changes neither batch nor learning rate, but batch norm sees one part at a time"""
     sync_batch_norm: bool = False
     """batch norm over the images of all processes (GPUs only); false: each over its own, the first's are kept"""
@@ -255,7 +255,7 @@ class TrainConfig:
     num_threads: Threads | None = None
     """CPU threads of each process; null for all cores, shared by this machine's processes, or $OMP_NUM_THREADS"""
     overwrite: bool = False
-    """delete what an earlier run left in output_dir and start anew"""
+    """delete what an earlier run left in output_dir and start from the beginning"""
     trust_code: bool = False
     """run the code of a network that a teacher's or init_from's config.json names by import path; true only if it is
     yours"""

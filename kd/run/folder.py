@@ -1,4 +1,4 @@
-"""A run folder: who may write in it, whether it goes on, and what it holds at the end.
+"""A run folder: who may write in it, whether it resumes, and what it holds at the end.
 
 config.yaml         all that is needed to run again
 inputs.json         what it learns from: hashes of the data's splits and of others' weights
@@ -202,9 +202,9 @@ class Run:
             )
 
     def settle(self, name: str, choose: Callable[[], str]) -> str:
-        """What this run chose when it began, so that it goes on in the same way even if the machine has changed since.
+        """What this run chose when it began, so that it resumes in the same way even if the machine has changed since.
 
-        The main process chooses and writes it down; the others ask when it has.
+        The main process chooses and writes it down; the others read it then.
         """
         if not self.is_main:
             return read_choices(self.folder)[name]
@@ -220,7 +220,7 @@ class Run:
         """Whether the run has all its results and is to keep them; says so if it is."""
         done = (self.folder / "summary.json").is_file() and not self.overwrite
         if done:
-            say(f"{self.folder} is finished already; nothing to do (--overwrite true starts it anew)")
+            say(f"{self.folder} is finished already; nothing to do (--overwrite true starts it again)")
         return done
 
     def keep(self, name: str, files: dict[str, bytes], summary: dict) -> None:

@@ -54,7 +54,7 @@ class Tracker:
 
     Args:
         objective: the loss in words.
-        keep_bytes: length of metrics.jsonl at the checkpoint the run goes on from; what follows it is cut off.
+        keep_bytes: length of metrics.jsonl at the checkpoint the run resumes from; what follows it is cut off.
     """
 
     def __init__(self, accelerator: Accelerator, run: Run, config, objective: str, keep_bytes: int):
@@ -151,7 +151,7 @@ class Tracker:
 
 
 def _identity(folder: Path, name: str) -> tuple[str, bool]:
-    """The tracker run's id, kept in the run folder, and whether it was there: a restart goes on in the same one.
+    """The tracker run's id, kept in the run folder, and whether it was there: a restart continues the same one.
 
     An agent of W&B's sweeps gives the id of the run that it waits for.
 

@@ -15,7 +15,7 @@ class Job:
     """A run in a tracker's terms.
 
     identity: the tracker run's id, the same after a restart.
-    kept: after a restart the rows of metrics.jsonl up to the checkpoint that the run goes on from; None at first.
+    kept: after a restart the rows of metrics.jsonl up to the checkpoint that the run resumes from; None at first.
     group: one experiment: its teacher, its student alone and its distilled ones.
     kind: `train` or `distill`.
     notes: the user's, else the objective in words.
@@ -52,7 +52,7 @@ class TrackerRun:
         raise NotImplementedError
 
     def finish(self, accelerator, signal: int) -> None:
-        """Close it, after a run that has ended (0) or that a signal has stopped, to be gone on with."""
+        """Close it, after a run that has ended (0) or that a signal has stopped, to be resumed."""
         for tracker in accelerator.trackers:
             tracker.finish()
 

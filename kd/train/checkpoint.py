@@ -1,4 +1,4 @@
-"""Checkpoints that a run goes on from exactly: written aside, checked, renamed; the newest two are kept.
+"""Checkpoints that a run resumes from exactly: written aside, checked, renamed; the newest two are kept.
 
     checkpoints/step_00001200/
         distiller.safetensors    all that learns: the student and what the losses learn

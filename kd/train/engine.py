@@ -111,13 +111,13 @@ class Engine:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All that is learned and the optimizer's state, by file and name, whole; on the main process alone.
 
-        All processes must ask.
+        All processes must call it.
         """
         named = {"distiller": self.distiller.state_dict(), "optimizer": self._optimizer_tensors()}
         return {name: whole(part, keep=self.accelerator.is_main_process) for name, part in named.items()}
 
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Go on from what `tensors` gave, on this or another number of processes and by this or another engine."""
+        """Resume from what `tensors` gave, on this or another number of processes and by this or another engine."""
         own = self.distiller.state_dict()
         saved = {name: share_out(value, own.get(name, value)) for name, value in tensors["distiller"].items()}
         self.distiller.load_state_dict(saved)

@@ -60,7 +60,7 @@ class Stepper:
 def _seeder(device: torch.device) -> Callable[[int], None]:
     """What `torch.manual_seed` does to the generators that a run on this device draws from.
 
-    `torch.manual_seed` itself formats the stack for every kind of device that is not there: milliseconds a step.
+    `torch.manual_seed` itself formats the stack for every kind of device that is not there: milliseconds per step.
     """
     if device.type not in ("cpu", "cuda"):
         return torch.manual_seed

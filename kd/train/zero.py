@@ -117,7 +117,7 @@ def initialize(distiller, optimizer: torch.optim.Optimizer, config, accelerator)
 
 
 def optimizer_tensors(optimizer) -> dict[str, Tensor]:
-    """As `kd.train.checkpoint.optimizer_tensors`, from the parts of all processes, all of which must ask."""
+    """As `kd.train.checkpoint.optimizer_tensors`, from the parts of all processes, all of which must call it."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     (group,), (flat,) = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups

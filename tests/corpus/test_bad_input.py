@@ -610,7 +610,7 @@ def test_a_damaged_checkpoint_is_passed_over(train, out, breaking):
     result = train(*breaking(4), *arguments)
     assert f"{newest} is damaged" in result.out
     assert "resuming after step 2" in result.out
-    assert result.status == 0, result.err  # the loss counts its calls anew
+    assert result.status == 0, result.err  # the loss counts its calls from 0 again
 
 
 # Output folders

@@ -158,7 +158,7 @@ def test_a_run_does_not_go_on_with_another_teacher(train, during, runs, teacher,
     assert_one_line(train(*arguments, script="distill"), f"the weights of '{teacher}' were replaced")
 
 
-def test_a_run_goes_on_with_other_pixels_and_says_so(train, stopped, image_folder):
+def test_a_run_resumes_with_other_pixels_and_says_so(train, stopped, image_folder):
     arguments = ("--data.source", image_folder, "--data.num_train", "null", "--data.crop", 28)
     stopped(*arguments)
     brighten(image_folder / "train" / "blue" / "00.png")
@@ -167,7 +167,7 @@ def test_a_run_goes_on_with_other_pixels_and_says_so(train, stopped, image_folde
     assert "images of the train split are decoded to slightly other pixels than in training" in result.out
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_a_note(train, stopped, out):
+def test_a_run_of_an_earlier_version_resumes_with_a_note(train, stopped, out):
     stopped()
     (out / "inputs.json").unlink()
     result = train("--max_steps", 4)

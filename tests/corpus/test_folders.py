@@ -117,8 +117,8 @@ def test_overwrite_does_not_follow_links(train, finished, tmp_path):
 # --overwrite true again
 
 
-def test_what_a_killed_job_began_by_overwriting_goes_on(train, finished, stopped):
-    """As a job that SLURM queues again: it began anew each time."""
+def test_what_a_killed_job_began_by_overwriting_resumes(train, finished, stopped):
+    """As a job that SLURM queues again: it began from the start each time."""
     stopped("--seed", 3, "--overwrite", "true")
     result = train("--seed", 3, "--overwrite", "true", "--max_steps", 4)
     assert result.status == 0, result.err
@@ -130,7 +130,7 @@ def test_a_finished_run_is_overwritten_again(train, finished):
     for _ in range(2):
         result = train("--overwrite", "true")
         assert result.status == 0, result.err
-        assert "going on" not in result.out
+        assert "resuming" not in result.out
         assert "not deleted" not in result.out
 
 
@@ -139,7 +139,7 @@ def test_an_unfinished_run_that_was_not_begun_by_this_command_is_overwritten(tra
     stopped(*(("--overwrite", "true") if change else ()))
     result = train("--overwrite", "true", "--max_steps", 4, *change)
     assert result.status == 0, result.err
-    assert "going on" not in result.out
+    assert "resuming" not in result.out
 
 
 def test_a_run_that_was_deleted_in_part_does_not_go_on(train, finished, stopped, monkeypatch):
@@ -161,7 +161,7 @@ def test_a_run_that_was_deleted_in_part_does_not_go_on(train, finished, stopped,
     assert checkpoints(finished / "checkpoints")
     result = train("--overwrite", "true", "--max_steps", 4)
     assert result.status == 0, result.err
-    assert "going on" not in result.out
+    assert "resuming" not in result.out
 
 
 # A refusal leaves nothing

@@ -340,7 +340,7 @@ def stores(tmp_path: Path) -> list[Path]:
     return sorted(path for path in (tmp_path / "cache" / "store").iterdir() if path.is_dir())
 
 
-def test_a_changed_file_is_read_anew(image_folder, load, tmp_path):
+def test_a_changed_file_is_read_again(image_folder, load, tmp_path):
     load(image_folder)
     before = stores(tmp_path)
     path = files_of(image_folder, "train")[0]
@@ -368,7 +368,7 @@ def test_what_a_dead_builder_left_is_ignored_and_cleaned(image_folder, load, tmp
 
 
 @pytest.mark.parametrize("name", ["meta.json", "train-images.npy", "train-labels.npy"])
-def test_a_damaged_store_is_built_anew(image_folder, load, tmp_path, name):
+def test_a_damaged_store_is_rebuilt(image_folder, load, tmp_path, name):
     expected = np.array(load(image_folder).train.store.images)
     (store,) = stores(tmp_path)
     (store / name).write_bytes((store / name).read_bytes()[:40])  # as after a power cut

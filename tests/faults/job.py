@@ -85,7 +85,7 @@ class Job:
     def saved_step(self) -> int:
         return load_newest(self.checkpoints)[0].step
 
-    def goes_on(self, *said: str) -> None:
+    def resumes(self, *said: str) -> None:
         """Started again it ends well, says these words, and has the bytes of the run that was never interrupted."""
         assert self.run() == [0] * self.count, self.said
         for words in said:

@@ -43,7 +43,7 @@ def signal_to_one(job: Job) -> None:
     assert job.saved_step() == step
     assert f"stopped by {number.name} after step {step}" in job.said
     assert not job.errors()
-    job.goes_on(f"resuming after step {step}")
+    job.resumes(f"resuming after step {step}")
 
 
 def signal_to_all(job: Job) -> None:
@@ -54,7 +54,7 @@ def signal_to_all(job: Job) -> None:
     kill_all(processes, number)
     assert children.finish(*processes) == [128 + number] * job.count, job.said
     assert f"stopped by {number.name}" in job.said
-    job.goes_on()
+    job.resumes()
 
 
 @contextmanager
@@ -84,14 +84,14 @@ def signal_to_launcher(job: Job) -> None:
     assert "stopped by" in job.said, job.said
     step = job.saved_step()
     assert step >= 5
-    job.goes_on(f"resuming after step {step}")
+    job.resumes(f"resuming after step {step}")
 
 
 # Killed
 
 
 def killed_at_a_random_moment(job: Job) -> None:
-    """All its processes, at any moment from its start to its end; drawn anew where it has ended before."""
+    """All its processes, at any moment from its start to its end; drawn again where it has ended before."""
     for _ in range(20):
         processes = job.start(sabotage=Slowly(0.05))
         time.sleep(job.draw.uniform(0, job.seconds + 0.05 * STEPS))
@@ -101,7 +101,7 @@ def killed_at_a_random_moment(job: Job) -> None:
         subprocess.run(["rm", "-r", job.run_folder], check=True)
     else:
         raise AssertionError("it always ended before it was killed")
-    job.goes_on()
+    job.resumes()
 
 
 def killed_inside_a_checkpoint(job: Job) -> None:
@@ -111,7 +111,7 @@ def killed_inside_a_checkpoint(job: Job) -> None:
     assert first == -9
     assert 0 not in others
     assert list(job.checkpoints.glob(".tmp-*"))
-    job.goes_on()
+    job.resumes()
 
 
 def one_process_killed(job: Job) -> None:
@@ -123,7 +123,7 @@ def one_process_killed(job: Job) -> None:
     statuses = children.finish(*processes, timeout=STATED)
     assert statuses == [-9 if rank == victim else 1 for rank in range(job.count)], job.said
     assert any(f"process {victim} of {job.count} (counted from 0) does not answer" in line for line in job.errors())
-    job.goes_on()
+    job.resumes()
 
 
 def one_process_of_a_launcher_killed(job: Job) -> None:
@@ -133,7 +133,7 @@ def one_process_of_a_launcher_killed(job: Job) -> None:
         assert launcher.wait(STATED) != 0
     job.wait_until_free()
     assert f"process {victim} of {job.count} (counted from 0) does not answer" in job.said, job.said
-    job.goes_on()
+    job.resumes()
 
 
 def _process_of_rank(launcher: int, rank: int) -> int:
@@ -157,7 +157,7 @@ def one_process_hangs(job: Job) -> None:
         processes[victim].kill()
         processes[victim].join()
     assert f"process {victim} of {job.count} (counted from 0) does not answer" in "".join(job.errors()), job.said
-    job.goes_on()
+    job.resumes()
 
 
 # Damaged checkpoints
@@ -176,7 +176,7 @@ def damaged_checkpoint(job: Job) -> None:
         file.write_bytes(content[: job.draw.randrange(len(content))])
     else:
         file.unlink()
-    job.goes_on(f"{newest} is damaged", f"resuming after step {int(before.name.removeprefix('step_'))}")
+    job.resumes(f"{newest} is damaged", f"resuming after step {int(before.name.removeprefix('step_'))}")
 
 
 # Disks
@@ -204,7 +204,7 @@ def disk_full_in_a_checkpoint(job: Job) -> None:
         assert not list(job.checkpoints.glob(".tmp*"))
         step = job.saved_step()
         disk.free()
-        job.goes_on(f"resuming after step {step}")
+        job.resumes(f"resuming after step {step}")
 
 
 def disk_full_in_a_log_line(job: Job) -> None:
@@ -221,7 +221,7 @@ def disk_full_in_a_log_line(job: Job) -> None:
         assert "metrics.jsonl" in line
         assert job.saved_step() == 4
         disk.free()
-        job.goes_on("resuming after step 4")
+        job.resumes("resuming after step 4")
 
 
 def read_only_output(job: Job) -> None:
@@ -236,7 +236,7 @@ def read_only_output(job: Job) -> None:
         assert "read-only file system" in line
         assert str(job.run_folder) in line
         disk.read_only(False)
-        job.goes_on(f"resuming after step {step}")
+        job.resumes(f"resuming after step {step}")
 
 
 def output_becomes_read_only(job: Job) -> None:
@@ -258,7 +258,7 @@ def output_becomes_read_only(job: Job) -> None:
     (line,) = [line for line in job.errors() if line.startswith("error: ")]
     assert "operation not permitted" in line
     assert str(job.checkpoints) in line
-    job.goes_on(f"resuming after step {job.saved_step()}")
+    job.resumes(f"resuming after step {job.saved_step()}")
 
 
 # Numbers, clocks, other runs
@@ -274,7 +274,7 @@ def not_a_number_on_one(job: Job) -> None:
     assert (f"on process {rank} of {job.count}" in line) == (job.count > 1)
     assert all(f"not finite at step {step}" in error for error in job.errors())
     assert job.saved_step() == kept
-    job.goes_on(f"resuming after step {kept}")
+    job.resumes(f"resuming after step {kept}")
 
 
 def jumping_clock(job: Job) -> None:
@@ -288,7 +288,7 @@ def jumping_clock(job: Job) -> None:
     for path in job.run_folder.rglob("*"):
         os.utime(path, times=(job.draw.uniform(0, 4e9),) * 2)
     assert job.run(sabotage=jumping) == [0] * job.count, job.said
-    job.goes_on("finished already")
+    job.resumes("finished already")
 
 
 def two_runs_on_one_folder(job: Job) -> None:
@@ -306,7 +306,7 @@ def two_runs_on_one_folder(job: Job) -> None:
     assert refused[0] == 2
     assert 0 not in refused
     assert "is in use by" in loser.errors()[0]
-    job.goes_on("finished already")
+    job.resumes("finished already")
 
 
 class Fault(NamedTuple):

@@ -1,4 +1,4 @@
-"""A tracker whose server, service or network is gone: training goes on, and the numbers are on disk."""
+"""A tracker whose server, service or network is gone: training continues, and the numbers are on disk."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class _Answers(http.server.BaseHTTPRequestHandler):
 
 
 class Vanishes(Online):
-    """In the process: it is online, and after its third row it goes on when the server is gone."""
+    """In the process: it is online, and after its third row it continues when the server is gone."""
 
     def __call__(self) -> None:
         super().__call__()

@@ -222,7 +222,7 @@ def test_no_loss_sends_a_gradient_into_the_teacher_by_way_of_its_targets_alone(n
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_goes_on_exactly_from_its_state(name):
+def test_every_loss_resumes_exactly_from_its_state(name):
     """What a loss keeps from step to step (a bank, statistics) is in the state dict."""
     distiller, teacher, batch = build(name)
     value_of(distiller, teacher, batch)

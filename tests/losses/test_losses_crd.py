@@ -220,7 +220,7 @@ def test_only_the_images_of_the_step_are_remembered_and_at_momentum_0_as_they_ar
     assert torch.equal(loss.student_bank[untouched], before[untouched])
 
 
-def test_goes_on_exactly_from_its_state():
+def test_resumes_exactly_from_its_state():
     loss = made(dtype=torch.float)
     for number in range(2):
         said(loss, *step(number, torch.float))

@@ -89,7 +89,7 @@ def test_a_run_trains_body_and_projector_and_its_folder_is_enough(call, teacher,
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_exactly(call, teacher, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_exactly(call, teacher, tmp_path, monkeypatch):
     command = ("--teacher", teacher, *REUSE, "--epochs", 3, "--checkpoint_every", 2, "--output_dir")
     assert call("distill", *command, tmp_path / "whole").status == 0
     add, calls = Meter.add, []

@@ -414,7 +414,7 @@ def test_on_a_phone_only_tables_scroll_sideways(browser, report, width):
     assert browser.ask("getComputedStyle(document.body).fontSize") == "16px"
 
 
-def test_a_phone_shows_the_gains_interval_and_that_a_table_goes_on(browser, report):
+def test_a_phone_shows_the_gains_interval_and_that_a_table_continues(browser, report):
     browser.open(report.folder / "index.html", 390, 800)
     cell = "document.querySelector('#comparison tbody tr:last-child td:nth-child(3)').getBoundingClientRect().right"
     assert browser.ask(cell) <= 390

@@ -194,7 +194,7 @@ def test_a_failure_is_not_started_again_and_a_finished_run_ends_at_once(
     other_seed = ("train_teacher.py", *TRAINING, "--seed", 5, "--output_dir", tmp_path / "run")
     failing = submit("--nodes=2", "slurm/train.sbatch", *other_seed)  # only the main process knows why
     cluster.end(finished, "COMPLETED")
-    in_order(cluster.log(finished), "2 processes a node", "is finished already; nothing to do", "ended with status 0")
+    in_order(cluster.log(finished), "2 processes per node", "is finished already; nothing to do", "ended with status 0")
     cluster.end(failing, "FAILED")
     state, log = cluster.job(failing), cluster.log(failing)
     assert (state["ExitCode"], state["Restarts"]) == ("2:0", "0")

@@ -1,4 +1,4 @@
-"""Stands for a training script in a sweep's tests: writes a run's metrics.jsonl, goes on from it, obeys SIGTERM.
+"""Stands for a training script in a sweep's tests: writes a run's metrics.jsonl, resumes from it, obeys SIGTERM.
 
 Its validation accuracy rises towards 90 - |log10(lr) + 3| * 20, whatever its test accuracy is. Learning rates have
 meanings of their own: 0.5 diverges, 0.25 fails, 0.125 waits at epoch 2 for a file `go` beside the run.

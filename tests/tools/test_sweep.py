@@ -1,4 +1,4 @@
-"""A sweep's file means the same to W&B's agent and here; trials are chosen, stopped and gone on with as it says."""
+"""A sweep's file means the same to W&B's agent and here; trials are chosen, stopped and resumed as it says."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def test_two_workers_share_the_trials(call, make, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_run_is_stopped_with_its_sweep_and_goes_on_with_it(tmp_path, teacher_run):
+def test_a_real_run_is_stopped_with_its_sweep_and_resumes_with_it(tmp_path, teacher_run):
     base = [f"--teacher={teacher_run}", "--data.num_train=200", "--epochs=2", "--num_threads=1", "--report_to=none"]
     base.append(f"--output_dir={tmp_path}/s/$WANDB_RUN_ID")
     content = yaml.safe_load((ROOT / "sweeps/digits_kl.yaml").read_text())

@@ -224,7 +224,7 @@ def test_wandb_offline_has_the_same_numbers_what_made_them_and_where_they_come_f
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
-def test_a_killed_run_goes_on_in_the_same_record_which_lacks_nothing(tmp_path, wandb_home, monkeypatch, name):
+def test_a_killed_run_resumes_in_the_same_record_which_lacks_nothing(tmp_path, wandb_home, monkeypatch, name):
     if name == "trackio":
         pytest.importorskip("trackio", reason="trackio is not installed")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))

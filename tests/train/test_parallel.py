@@ -189,7 +189,7 @@ def test_synchronised_batch_norm_on_cpus_is_refused(batch_norm):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 4])
-def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path, count):
+def test_a_run_resumes_with_another_number_of_processes(alone, tmp_path, count):
     """Every row is there once and as on one process, so no image was skipped or seen twice."""
     command = (*ARGUMENTS, "--output_dir", tmp_path / "run")
     assert children.run_several("train_teacher", command, 2, ("kd.train.meter.Meter.add:SIGTERM", 3)) == [143, 143]

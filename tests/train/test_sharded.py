@@ -54,7 +54,7 @@ def test_a_sharded_run_has_the_losses_of_one_process_and_resumes_exactly(alone, 
     close(rows(alone), rows(tmp_path / "whole"), 1e-4)
     assert kd.load(tmp_path / "whole").network.state_dict().keys() == kd.load(alone).network.state_dict().keys()
     shutil.copytree(tmp_path / "cut", tmp_path / "other")
-    # the checkpoint is whole: it goes on exactly on as many processes, and without the engine to rounding
+    # the checkpoint is whole: it resumes exactly on as many processes, and without the engine to rounding
     if engine == "fsdp2":  # not forked: each process reads in an order of its own
         result = launch(engine, *command, "--num_threads", 1)
         assert result.returncode == 0, result.stderr
@@ -67,7 +67,7 @@ def test_a_sharded_run_has_the_losses_of_one_process_and_resumes_exactly(alone, 
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_deepspeed_goes_on_from_a_run_without_it_and_with_adam_exactly(alone, tmp_path):
+def test_deepspeed_resumes_from_a_run_without_it_and_with_adam_exactly(alone, tmp_path):
     zero = ENGINES["deepspeed_zero2"]
     command = (*ARGUMENTS, "--accumulate", 2, "--output_dir", tmp_path / "run")
     assert children.run("train_teacher", command, sabotage=("kd.train.meter.Meter.add:SIGTERM", 9)) == 143
