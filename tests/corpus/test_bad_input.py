@@ -491,7 +491,7 @@ def test_weights_file_that_could_run_code(refused, tmp_path):
         pytest.param(lambda state: {"epoch": 3, "model_state_dict": state}, id="of another layout"),
         pytest.param(lambda state: list(state.values()), id="list"),
         pytest.param(lambda state: next(iter(state.values())), id="one tensor"),
-        pytest.param(lambda state: {f"module.{name}": tensor for name, tensor in state.items()}, id="prefixed"),
+        pytest.param(lambda state: {f"backbone.{name}": tensor for name, tensor in state.items()}, id="prefixed"),
     ],
 )
 def test_weights_file_that_holds_something_else(refused, tmp_path, saved):
