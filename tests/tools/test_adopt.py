@@ -70,7 +70,7 @@ def test_its_config_makes_it_again(adopt, call, tmp_path):
 def test_a_student_learns_from_it_and_all_else_takes_it(adopt, call, source, tmp_path):
     assert adopt().status == 0
     folder, student = tmp_path / "adopted", tmp_path / "student"
-    words = (*DATA, "--data.val_fraction", 0, "--student", "mnist_student", "--max_steps", 2, "--report_to", "none")
+    words = (*DATA, "--data.split_seed", 1, "--student", "mnist_student", "--max_steps", 2, "--report_to", "none")
     distilled = call("distill", *words, "--teacher", folder, "--output_dir", student)
     assert distilled.status == 0
     assert "has seen" not in distilled.out  # on what it was trained is not known
