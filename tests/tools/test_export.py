@@ -160,9 +160,9 @@ def test_without_its_images_an_export_is_checked_on_noise_and_nothing_is_fetched
     assert "note: the run's images are absent (it has no config.yaml); the export is checked on noise" in result.out
     assert json.loads((bare / "export/torch/model.pt2.json").read_text())["check"]["of"] == "images of noise"
     config = yaml.safe_load((teacher_run / "config.yaml").read_text())
-    config["data"].update(source="mnist", num_train=None, download_dir=str(bare / "downloads"))
+    config["data"].update(source="mnist", num_train=None)
     (bare / "config.yaml").write_text(yaml.safe_dump(config))
-    result = call(COMMAND, bare, "--to", "torch", "--overwrite")
+    result = call(COMMAND, bare, "--to", "torch", "--overwrite", "--download_dir", bare / "downloads")
     assert result.status == 0, result.err
     assert f"mnist is not in {bare / 'downloads'}" in result.out
     if not formats_missing():
