@@ -38,6 +38,7 @@ class Progress:
 
     step: optimizer steps done.
     sums: running sums of the open log interval and epoch, by name.
+    standing: what `kd.train.standing` has seen of each network's validation.
     best: {"epoch", "val_accuracy"} of the best validation so far, by network.
     metrics_bytes: length of metrics.jsonl; what was written after it is cut off on resume.
     seconds: training time so far, over all starts.
@@ -47,6 +48,7 @@ class Progress:
     step: int = 0
     sums: dict[str, dict[str, float]] = field(default_factory=dict)
     best: dict = field(default_factory=dict)
+    standing: dict[str, dict] = field(default_factory=dict)
     metrics_bytes: int = 0
     seconds: float = 0.0
     scaler: dict | None = None

@@ -15,6 +15,7 @@ from kd.teachers import Teachers, load_teachers
 from kd.track import Outcome, hardest
 from kd.train import zero
 from kd.train.fit import Fitted
+from kd.train.standing import Standing
 from kd.util.errors import UserError, say
 from kd.util.machine import device_name, git_commit, versions
 
@@ -31,10 +32,12 @@ def conclude(fitted: Fitted, data: Data, config, accelerator, run: Run) -> int:
         return _stopped(fitted, accelerator)
     networks, best = fitted.kept.networks, fitted.kept.best
     measured, files, summaries = {}, {}, {}
+    standing = Standing(config, fitted.progress.standing)
     shared = _about(fitted, data, config, accelerator)
     for name, network in networks.items():
         epoch = fitted.progress.best.get(name, {}).get("epoch")
         measured[name] = _measure(network, best.get(name), epoch, data, config, accelerator)
+        standing.conclude(name, measured[name].logits, measured[name].labels, fitted.progress.step)
         files[name] = network.files()
         summaries[name] = {
             **measured[name].summary,
@@ -111,7 +114,9 @@ def _measure(network: nn.Module, best, epoch: int | None, data: Data, config, ac
 
 def _about(fitted: Fitted, data: Data, config, accelerator) -> dict:
     """What the summaries of all networks of a run have in common."""
+    left = fitted.kept.left_over
     return {
+        **({"batch_norm_left_over": left} if left else {}),  # of the first statistics; those written are re-estimated
         "seconds": fitted.progress.seconds,
         "steps": fitted.progress.step,
         "epochs": config.epochs,

@@ -18,6 +18,7 @@ from kd.train.kept import Best, Kept
 from kd.train.meter import not_finite
 from kd.train.optim import learning_rate, total_steps
 from kd.train.recorder import Recorder
+from kd.train.standing import Standing
 from kd.train.step import Stepper
 from kd.util.errors import UserError, say
 from kd.util.gathers import all_finite
@@ -59,7 +60,8 @@ def fit(
     per_epoch, received = batches.steps_per_epoch, 0
     total = total_steps(config, data)
     progress, best = _resume(engine, accelerator, run)
-    kept = Kept(distiller.learner, accelerator, best)
+    kept = Kept(distiller.learner, accelerator, best, data.train, config.accumulate)
+    standing = Standing(config, progress.standing)
     recorder = Recorder(distiller, config, accelerator, run, total, batches.images_seen, progress)
     take_step = Stepper(engine, teachers, batches, config.seed, recorder.meter)
     distiller.train()
@@ -75,9 +77,7 @@ def fit(
                 recorder.interval(lr, norm)
             if epoch_ends:
                 kept.refresh()  # what is measured is what is saved
-                recorder.epoch(
-                    {} if data.val is None else kept.validate(data.val, data.batch_size, epoch, progress.best)
-                )
+                recorder.epoch(kept.validate(data.val, data.batch_size, epoch, progress.best, progress.step, standing))
             received = stop.agreed()
             due = progress.step % config.checkpoint_every == 0 if config.checkpoint_every else epoch_ends
             if received or due or progress.step == total:
@@ -88,6 +88,7 @@ def fit(
     batches.close()
     if progress.step == total:
         kept.refresh()
+        kept.settle(total)
     return Fitted(kept, recorder.tracker, progress, 0 if progress.step == total else received)
 
 
