@@ -250,6 +250,14 @@ def test_cka_of_tapped_layers_is_that_of_the_features(call, runs, teacher_run):
 
 
 @pytest.mark.slow
+def test_features_are_not_compared_with_several_teachers(call, student_run, teacher_run, tmp_path):
+    again = ("--config", student_run / "config.yaml", "--teacher", f"[{teacher_run}, {teacher_run}]", "--max_steps", 2)
+    assert call("distill", *again, "--output_dir", tmp_path / "two").status == 0
+    result = call("evaluate", tmp_path / "two", "--latency", "false", "--taps", "[features.3:features.3]")
+    assert result.status == 0, result.err
+    assert "is several: features are compared with one teacher only" in result.err
+
+
 @pytest.mark.parametrize(("name", "severity"), [("gaussian_noise", 3), ("jpeg", 1)])
 def test_one_corruption_is_a_view_of_all_numbers(call, runs, teacher_run, name, severity):
     arguments = ("--corruption", name, "--severity", severity, "--latency", "false")
