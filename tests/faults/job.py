@@ -122,7 +122,7 @@ class TornWrite:
         self.count, self.share, self.calls = count, share, 0
 
     def __call__(self) -> None:
-        before("kd.train.checkpoint", "_write", self.tear)
+        before("kd.train.checkpoint", "write_synced", self.tear)
 
     def tear(self, path: Path, content: bytes) -> None:
         self.calls += 1

@@ -110,7 +110,7 @@ def killed_inside_a_checkpoint(job: Job) -> None:
     first, *others = job.run(sabotage=sabotage)
     assert first == -9
     assert 0 not in others
-    assert list(job.checkpoints.glob(".tmp-*"))
+    assert list(job.checkpoints.glob("*.tmp-*"))
     job.resumes()
 
 
@@ -194,14 +194,16 @@ def small_disk(job: Job):
 def disk_full_in_a_checkpoint(job: Job) -> None:
     with small_disk(job) as disk:
         number = job.draw.randint(4, 24)  # a checkpoint is three files, later four
-        statuses = job.run(sabotage=FillDisk(disk, "kd.train.checkpoint", "_write", number, job.draw.choice([0, 8192])))
+        statuses = job.run(
+            sabotage=FillDisk(disk, "kd.train.checkpoint", "write_synced", number, job.draw.choice([0, 8192]))
+        )
         assert statuses[0] == 1
         assert 0 not in statuses
         (line,) = [line for line in job.errors() if line.startswith("error: ")]
         assert "no space left on device" in line
         assert str(job.checkpoints) in line
         assert "run the same command" in line
-        assert not list(job.checkpoints.glob(".tmp*"))
+        assert not list(job.checkpoints.glob("*.tmp*"))
         step = job.saved_step()
         disk.free()
         job.resumes(f"resuming after step {step}")

@@ -48,7 +48,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert (one / "config.json").read_bytes() == (other / "config.json").read_bytes()
     assert rows(one) == rows(other)
     assert len(checkpoints(one / "checkpoints")) == 2
-    assert not list((one / "checkpoints").glob(".tmp*"))
+    assert not list((one / "checkpoints").glob("*.tmp*"))
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
     assert summaries[0].keys() == summaries[1].keys()
     for key in ("test_accuracy", "val_accuracy", "best", "last", "steps"):
