@@ -220,7 +220,7 @@ def test_curves_reliability_and_confusion_equal_their_sources(report):
                     numbers = [f"{line['val/accuracy']:.2f}", f"{line['epoch/loss']:.4f}"]
                     logged.append([names[row["run"]], str(line["epoch"]), *numbers])
     assert tables["Learning curves"][1:] == logged
-    assert len(logged) == 4 + 4 * 2
+    assert len(logged) == 8 + 4 * 2
     firsts = [next(row for row in report.rows if row["run"] == group["runs"][0]) for group in report.groups]
     bins = [
         [names[row["run"]], f"{part['low']:.2f} to {part['high']:.2f}", f"{part['count']:,}"]
