@@ -96,6 +96,7 @@ def teacher95(source: str, epochs: int, seed: int, more: list[str]) -> dict:
         first = ["--model", "gpu.cifar_resnet18", "--optimizer.lr", 0.1, "--losses", '[{"class_path": "CrossEntropy"}]']
         teacher = _run("train_teacher", [*first, *common], f"{folder}/teacher")
         second = ["--student", "resnet20", "--optimizer.lr", 0.1, "--teacher", f"{folder}/teacher"]
+        second += ["--trust_code", "true"]  # the teacher's network is this file's
         student = _run("distill", [*second, *common, "--precompute", "always"], f"{folder}/student")
         again = _run("distill", [*second, *common, "--precompute", "always"], f"{folder}/again")
     return {"teacher": teacher, "student": student, "second_student": again}

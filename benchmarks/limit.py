@@ -64,7 +64,7 @@ def limit(student: str, image_size: int, num_classes: int, batch_size: int, step
     pixels = torch.randint(0, 256, (batch_size, 3, image_size, image_size), dtype=torch.uint8)
     hook = network.register_forward_pre_hook(lambda _network, inputs: given.append(inputs[0]))
     with accelerator.autocast():  # the batch as the loop hands it to the network, in its order in memory
-        classifier.outputs(pixels.to(accelerator.device))
+        classifier(pixels.to(accelerator.device))
     hook.remove()
     images, labels = given[0].detach(), torch.arange(batch_size, device=accelerator.device) % num_classes
     optimizer = make_optimizer(config.optimizer, network, accelerator.device)
