@@ -83,7 +83,6 @@ class Run:
         self._lock = None
         self._begun = False
         self.inputs: dict | None = None
-        self._before: list[str] = []  # other networks that the run to delete has kept
         self._settled: dict[str, str] = {}
         if is_main:
             if overwrite:
@@ -141,7 +140,11 @@ class Run:
                     f"name a new folder"
                 )
             return
-        self.inputs = read_inputs(self.folder)
+        try:
+            self.inputs = read_inputs(self.folder)
+        except UserError:
+            if not self.overwrite:
+                raise
         if self.inputs is None and (self.folder / "checkpoints").is_dir():
             self.inputs = {}  # an earlier version wrote none
         differing = differing_fields(read_config(self.folder), self.config)
@@ -155,7 +158,7 @@ class Run:
             self.overwrite = False  # a job that was killed is started again with the command that began it
             say(f"{self.folder} holds what this command began with --overwrite true: it is not deleted again")
         if self.overwrite:
-            self._before, self.inputs = (self.inputs or {}).get("kept", []), None
+            self.inputs = None
 
     def begin(self, kept: Sequence[str] = ()) -> None:
         """Delete an earlier run if asked to, and write the config: called when nothing is left that a user could have
@@ -169,11 +172,12 @@ class Run:
             return
         if self.overwrite:
             delete(self.folder / "inputs.json", self.folder)  # first: what is deleted in part is not resumed
-            for path in (*self._own(), *(self.folder / name / file for name in self._before for file in FILES)):
+            kept_before = self._kept_before()
+            for path in self._own(kept_before):
                 delete(path, self.folder)
-            for name in _FOLDERS:
+            for folder in (*(one / name for one in (*kept_before, self.folder) for name in _FOLDERS), *kept_before):
                 with suppress(OSError):  # it holds something of the user's, or is not there
-                    (self.folder / name).rmdir()
+                    folder.rmdir()
         new = self.overwrite or not (self.folder / "config.yaml").is_file()
         if new:
             write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
@@ -181,12 +185,24 @@ class Run:
             self.inputs = {"overwrote": self.overwrite, "kept": list(kept), **(self.inputs or {})}
             write_atomic(self.folder / "inputs.json", (json.dumps(self.inputs, indent=2) + "\n").encode())
 
-    def _own(self) -> Iterator[Path]:
-        """What an earlier run wrote, its config aside: until that is replaced, it says that the folder is a run's."""
-        yield from (self.folder / name for name in FILES[1:])
-        for name, patterns in _FOLDERS.items():
-            for pattern in patterns:
-                yield from (self.folder / name).glob(pattern)
+    def _kept_before(self) -> list[Path]:
+        """Folders of the other networks that an earlier run kept: each has a config that names it so."""
+        found = []
+        for file in self.folder.glob("*/config.yaml"):
+            with suppress(UserError):  # another program's
+                if read_config(file.parent).get("network") == file.parent.name:
+                    found.append(file.parent)
+        return found
+
+    def _own(self, kept: Sequence[Path]) -> Iterator[Path]:
+        """What an earlier run wrote, its config aside: until that is replaced, it says that the folder is a run's. Of
+        the networks that it kept the config too, last, so that after a kill they are still known."""
+        for folder in (*kept, self.folder):
+            yield from (folder / name for name in FILES[1:])
+            for name, patterns in _FOLDERS.items():
+                for pattern in patterns:
+                    yield from (folder / name).glob(pattern)
+        yield from (folder / FILES[0] for folder in kept)
 
     def require(self) -> None:
         """Look whether what was written is still there.

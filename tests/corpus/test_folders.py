@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import assert_one_line
 from refusing import (  # noqa: F401 (fixtures)
     NOTES,
@@ -112,6 +114,50 @@ def test_overwrite_does_not_follow_links(train, finished, tmp_path):
     assert train("--seed", 3, "--overwrite", "true").status == 0
     assert (tmp_path / "victim" / "file").read_bytes() == NOTES
     assert not (finished / "export").exists()
+
+
+@pytest.fixture
+def cohort(finished, runs) -> Path:
+    """The finished run with what one of another network beside it would have left: `peer2`, and its record."""
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    for name, network in (("peer2", {"network": "peer2"}), ("mine", {})):
+        shutil.copytree(runs / "teacher", finished / name, ignore=shutil.ignore_patterns(".*"))
+        (finished / name / "config.yaml").write_text(yaml.safe_dump({**config, **network}))
+    (finished / "peer2/export/onnx").mkdir(parents=True)
+    return finished
+
+
+@pytest.mark.parametrize("kept", [["peer2"], [], ["mine"], ["../teacher"], ["a\0b"], 5, None])
+def test_networks_that_a_run_kept_are_overwritten_whatever_its_record_says(train, cohort, teacher, kept):
+    inputs = json.loads((cohort / "inputs.json").read_text())
+    (cohort / "inputs.json").write_text(json.dumps({**inputs, "kept": kept}))
+    before = [contents(folder) for folder in (cohort / "mine", teacher)]
+    result = train("--seed", 3, "--overwrite", "true")
+    assert result.status == 0, result.err
+    assert not (cohort / "peer2").exists()
+    assert [contents(folder) for folder in (cohort / "mine", teacher)] == before
+
+
+def test_networks_that_a_run_kept_are_known_after_a_kill(train, cohort, monkeypatch):
+    delete = kd.run.folder.delete
+
+    def killed(path, inside):
+        if path == cohort / "peer2/config.yaml":
+            raise KeyboardInterrupt
+        delete(path, inside)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kd.run.folder, "delete", killed)
+        assert train("--seed", 3, "--overwrite", "true").status == 130
+    assert not (cohort / "inputs.json").exists()
+    assert train("--seed", 3, "--overwrite", "true").status == 0
+    assert not (cohort / "peer2").exists()
+
+
+def test_a_damaged_record_is_overwritten(train, finished):
+    (finished / "inputs.json").write_text("{")
+    assert_one_line(train("--max_steps", 3), "inputs.json", "train it again with --overwrite true")
+    assert train("--max_steps", 3, "--overwrite", "true").status == 0
 
 
 # --overwrite true again
