@@ -189,6 +189,7 @@ class Evaluator:
         label = f"{measured.name}: its teacher {' + '.join(names)}"
         try:
             teacher = load_teachers(names, data.classes, mean, self.accelerator.device, self.config.trust_code)
+            sizes = other_sizes(teacher, data.image_shape)
         except UserError as error:
             measured.notes.append(f"{label} cannot be compared with: {error}")
             return
@@ -197,7 +198,7 @@ class Evaluator:
         if replaced := [name for name, digest in known.items() if taught.get(name, digest) != digest]:
             measured.notes.append(f"{label} cannot be compared with: {', '.join(replaced)} has other weights by now")
             return
-        measured.notes += [f"{measured.name}: its teacher {line}" for line in other_sizes(teacher, data.image_shape)]
+        measured.notes += [f"{measured.name}: its teacher {line}" for line in sizes]
         name = (str(Path(names[0]).resolve()), key) if len(names) == 1 else (f"{'+'.join(names)} {mean}", key)
         theirs, _ = self._predict(name, teacher, data, view)
         measured.teacher_logits = theirs

@@ -166,10 +166,23 @@ def load_teachers(
     return Teachers(members, classes, mean).to(device)
 
 
+@torch.no_grad()
 def other_sizes(teachers: Teachers | None, image_shape: tuple[int, int, int]) -> list[str]:
-    """What is to be said where a teacher was made for images of another size than the stored ones, (C, H, W)."""
+    """What is to be said where a teacher was made for images of another size than the stored ones, (C, H, W).
+
+    Raises:
+        UserError: a teacher does not take them at all; tried with a blank one.
+    """
     lines, (height, width) = [], image_shape[1:]
     for member in teachers.members.values() if teachers is not None else ():
+        try:
+            member(torch.zeros(1, *image_shape, dtype=torch.uint8, device=member.preprocess.scale.device))
+        except (RuntimeError, ValueError) as error:
+            shape = "x".join(map(str, image_shape))
+            raise UserError(
+                f"the teacher {member.recipe['model']} does not take the data's images ({shape}): {str(error)[:150]}; "
+                f"see that data.source and data.resize are those it was trained with"
+            ) from None
         view = member.preprocess.view
         made_for = view.source_size or (view.resize and (view.resize, view.resize)) or (height, width)
         if (height, width) != made_for and (view.source_size or min(height, width) < view.resize):

@@ -97,8 +97,11 @@ def ask(
 
     The time is that of one image alone from its pixels to its probabilities, preprocessing included, decoding not.
     """
-    for network in networks.values():  # the first call is slower than those that follow
-        network.predict([Image.new("RGB", (64, 64))])
+    for run, network in networks.items():
+        try:
+            network.predict([Image.new("RGB", (64, 64))])  # the first call is slower than those that follow
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"run {run!r} does not take images as its config.json prepares them: {error}") from None
     predictions, unreadable = [], []
     for file in files:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -89,6 +90,24 @@ def test_a_file_that_holds_something_else(call, teacher, name, content):
     assert_one_line(call("evaluate", teacher, "--latency", "false"), name if name != "config.json" else str(teacher))
     if name != "config.json":
         assert not kd.runs(teacher.parent) or name == "summary.json"
+
+
+@pytest.mark.parametrize("odd", [{"channels": 1, "mean": [0.5], "std": [0.5]}, {"resize": None, "crop": 28}])
+def test_a_network_that_does_not_take_its_images(call, train, teacher, runs, out, tmp_path, odd):
+    view = json.loads((teacher / "config.json").read_text())["preprocess"]
+    edit(teacher / "config.json", ("preprocess",), {**view, "source_size": None, **odd})
+    words = "mnist_teacher does not take the data's images (1x8x8): "
+    assert_one_line(train("--teacher", teacher, script="distill"), words)
+    assert_one_line(call("evaluate", teacher, "--latency", "false"), f"run '{teacher}' does not take the data's images")
+    student = shutil.copytree(runs / "student", tmp_path / "student")
+    edit(student / "config.yaml", ("teacher",), str(teacher))
+    edit(student / "config.yaml", ("teacher_mean",), "logits")
+    result = call("evaluate", student, "--latency", "false")
+    assert result.status == 0, result.err
+    assert f"its teacher {teacher} cannot be compared with: the teacher {words}" in result.err
+    if "channels" in odd:
+        result = call("kd.tools.predict", teacher, "docs/speed.png")
+        assert_one_line(result, f"run '{teacher}' does not take images as its config.json prepares them: ")
 
 
 # What is read when a run resumes
