@@ -35,7 +35,7 @@ def start(script: str, arguments, environment: dict | None = None, sabotage=None
     return process
 
 
-def finish(*processes, timeout: float = 120) -> list[int]:
+def finish(*processes, timeout: float = 300) -> list[int]:
     """Wait for processes; their exit statuses, negative for the signal that ended one."""
     for process in processes:
         process.join(timeout)
