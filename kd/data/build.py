@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kd.data.decode import OtherSize, UnreadableImage, image_size
+from kd.data.decode import OtherSize
 from kd.data.listing import MEMORY, contents, digest, listing
 from kd.data.raw import RawSplit
-from kd.data.stream import in_workers, unreadable
+from kd.data.stream import in_workers
 from kd.util.errors import UserError
 from kd.util.files import built_aside, sync, write_atomic
 from kd.util.machine import num_cores
@@ -65,10 +65,19 @@ def size_of_first(splits: dict[str, RawSplit], recipe: Recipe) -> tuple[int, int
             if why := recipe.unsuited(pixels.shape[1:]):
                 raise OtherSize(f"images are of {why}")
             return pixels.shape[1:]
-    raise UserError(f"data: no image of the {name} split can be read")
+    raise none_readable(name)
+
+
+def none_readable(name: str) -> UserError:
+    return UserError(f"data: no image of the {name} split can be read")
 
 
 def build(folder, classes, splits: dict[str, RawSplit], recipe: Recipe, size, notes, fit: bool = False) -> None:
+    """Decode all images to a store of the name `folder`; (H, W) they must have, or be brought to with `fit`.
+
+    Raises:
+        OtherSize, UserError: images differ in size or cannot be read, or the disk is full.
+    """
     try:
         with built_aside(folder) as aside:
             skipped = {name: _decode(aside, name, split, recipe, size, fit) for name, split in splits.items()}
@@ -86,21 +95,13 @@ def build(folder, classes, splits: dict[str, RawSplit], recipe: Recipe, size, no
 
 
 def checksum(folder: Path, meta: dict, place: Path) -> str:
-    """Of all that a store holds.
-
-    Args:
-        place: the store's folder, when it is there.
-    """
+    """Of all that a store holds; `place` is its folder when it is there."""
     files = [(parts, state) for parts, state in listing(folder) if parts != ("meta.json",)]
     return digest([json.dumps(meta, sort_keys=True), contents(folder, files, place.parent.parent / MEMORY, place)])
 
 
 def _reserve(path: Path) -> None:
-    """Take the file's space now: on a full disk a memory map would end the process without a word.
-
-    Raises:
-        OSError: there is no space left.
-    """
+    """Take the file's space now: on a full disk a memory map would end the process without a word."""
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -112,17 +113,14 @@ def _decode(aside: Path, name: str, split: RawSplit, recipe: Recipe, size, fit: 
     shape = split.images.shape[1:] if split.decoded else (recipe.channels, *size)
     images = np.lib.format.open_memmap(path, "w+", np.uint8, (count, *shape))
     _reserve(path)
-    blocks = _blocks(count, int(np.prod(shape)))
-    read = partial(_read_block, split, recipe.channels, size, fit)
-    with tqdm(total=count, desc=f"decode {name}", unit="image", disable=None, leave=False) as bar:
-        for block, (pixels, failed) in zip(blocks, _on_all_cores(read, blocks, count, split), strict=True):
-            images[kept : kept + len(pixels)] = pixels
-            kept, bad = kept + len(pixels), bad + failed
-            bar.update(len(block))
+    read, length = partial(_read_block, split, recipe.channels, size, fit), BLOCK_BYTES // int(np.prod(shape))
+    for _, (pixels, failed) in _each_block(read, split, max(1, min(256, length)), f"decode {name}"):
+        images[kept : kept + len(pixels)] = pixels
+        kept, bad = kept + len(pixels), bad + failed
     if bad and not recipe.skip_unreadable:
-        raise unreadable([(split.name(place), why) for place, why in bad])
+        raise split.unreadable(bad)
     if kept == 0:
-        raise UserError(f"data: no image of the {name} split can be read")
+        raise none_readable(name)
     images.flush()
     if kept < count:  # shorten the file to what was kept
         np.save(aside / f"{name}-kept.npy", images[:kept])
@@ -132,20 +130,22 @@ def _decode(aside: Path, name: str, split: RawSplit, recipe: Recipe, size, fit: 
     return [split.name(place) for place, _ in bad]
 
 
-def _blocks(count: int, image_bytes: int) -> list[range]:
-    length = max(1, min(256, BLOCK_BYTES // image_bytes))
-    return [range(start, min(start + length, count)) for start in range(0, count, length)]
-
-
-def _on_all_cores(function, blocks: list[range], count: int, split: RawSplit) -> Iterator:
-    return in_workers(function, blocks, 0 if split.decoded or count <= FEW else num_cores())
+def _each_block(function: Callable, split: RawSplit, length: int, title: str) -> Iterator[tuple[range, object]]:
+    """Blocks of a split's places, each with what the function gives for it: on all cores where images are decoded."""
+    count = len(split.labels)
+    blocks = [range(start, min(start + length, count)) for start in range(0, count, length)]
+    results = in_workers(function, blocks, 0 if split.decoded or count <= FEW else num_cores())
+    with tqdm(total=count, desc=title, unit="image", disable=None, leave=False) as bar:
+        for block, result in zip(blocks, results, strict=True):
+            yield block, result
+            bar.update(len(block))
 
 
 def _read_block(split: RawSplit, channels: int, size, fit: bool, block: range) -> tuple[Tensor, list[tuple[int, str]]]:
     """The pixels of those images of a block that can be read, and of the others the place and why."""
     if split.decoded:
         return torch.from_numpy(split.images[block.start : block.stop]), []
-    read, bad = [], []
+    read, bad = [np.empty((0, channels, *size), np.uint8)], []
     for place in block:
         try:
             pixels = split.read(place, channels, size, fit)
@@ -154,8 +154,8 @@ def _read_block(split: RawSplit, channels: int, size, fit: bool, block: range) -
         if isinstance(pixels, Exception):
             bad.append((place, str(pixels)))
         else:
-            read.append(pixels)
-    return torch.from_numpy(np.stack(read) if read else np.empty((0, channels, *size), np.uint8)), bad
+            read.append(pixels[None])
+    return torch.from_numpy(np.concatenate(read)), bad
 
 
 def _differ(size: tuple[int, int], other: object) -> OtherSize:
@@ -176,22 +176,17 @@ def examined(file: Path, splits: dict[str, RawSplit], recipe: Recipe, size) -> t
     except (OSError, ValueError, KeyError):
         differ, bad = None, {name: [] for name in splits}
     for name, split in splits.items():
-        count = len(split.labels)
-        look = partial(_look_block, split, recipe)
-        with tqdm(total=count, desc=f"look at {name}", unit="image", disable=None, leave=False) as bar:
-            blocks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
-            for block, found in zip(blocks, _on_all_cores(look, blocks, count, split), strict=True):
-                bad[name] += [(place, why) for place, why in zip(block, found, strict=True) if isinstance(why, str)]
-                others = [other for other in found if not isinstance(other, str) and other != size]
-                if others and not differ:
-                    differ = str(_differ(size, f"{others[0][1]}x{others[0][0]}"))
-                bar.update(len(block))
-                if differ and not recipe.skip_unreadable:
-                    break
+        for block, found in _each_block(partial(_look_block, split, recipe), split, 64, f"look at {name}"):
+            bad[name] += [(place, why) for place, why in zip(block, found, strict=True) if isinstance(why, str)]
+            others = [other for other in found if not isinstance(other, str) and other != size]
+            if others and not differ:
+                differ = str(_differ(size, f"{others[0][1]}x{others[0][0]}"))
+            if differ and not recipe.skip_unreadable:
+                break
         if differ and not recipe.skip_unreadable:
             break
         if bad[name] and not recipe.skip_unreadable:
-            raise unreadable([(split.name(place), why) for place, why in bad[name]])
+            raise split.unreadable(bad[name])
     write_atomic(file, json.dumps({"differ": differ, "bad": bad}).encode())
     return differ, bad
 
@@ -200,14 +195,10 @@ def _look_block(split: RawSplit, recipe: Recipe, block: range) -> list[tuple[int
     """Of each image of a block its (H, W), or why it cannot be read."""
     found = []
     for place in block:
-        try:
-            if recipe.skip_unreadable:
-                pixels = split.read(place, recipe.channels)
-                found.append(str(pixels) if isinstance(pixels, Exception) else tuple(pixels.shape[1:]))
-            else:
-                found.append(image_size(split.images[place]))
-        except FileNotFoundError:
-            found.append("no such file")
-        except UnreadableImage as error:
-            found.append(str(error))
+        if recipe.skip_unreadable:
+            seen = split.read(place, recipe.channels)
+            found.append(str(seen) if isinstance(seen, Exception) else seen.shape[1:])
+        else:
+            seen = split.size(place)
+            found.append(str(seen) if isinstance(seen, Exception) else seen)
     return found

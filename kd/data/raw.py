@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kd.data.decode import UnreadableImage, read_image
+from kd.data.decode import UnreadableImage, image_size, read_image
 from kd.util.errors import UserError
 from kd.util.files import shown
 
@@ -42,12 +42,26 @@ class RawSplit:
     ) -> np.ndarray | UnreadableImage:
         """The pixels of one image as `read_image` gives them, or why it cannot be read."""
         image = self.images[place]
-        try:
-            return read_image(image.transpose(1, 2, 0) if self.decoded else image, channels, size, fit)
-        except UnreadableImage as error:
-            return error
-        except FileNotFoundError:  # a Parquet row may name a file instead of holding it
-            return UnreadableImage("no such file")
+        return _or_why(read_image, image.transpose(1, 2, 0) if self.decoded else image, channels, size, fit)
+
+    def size(self, place: int) -> tuple[int, int] | UnreadableImage:
+        """(H, W) of one encoded image by its head, or why that cannot be read."""
+        return _or_why(image_size, self.images[place])
+
+    def unreadable(self, bad: list[tuple[int, object]]) -> UserError:
+        """The error for images that cannot be decoded: their places, and why."""
+        named = "; ".join(f"{self.name(place)} ({why})" for place, why in bad[:3])
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        return UserError(f"unreadable image: {named}{more}; repair or remove it, or pass --data.skip_unreadable true")
+
+
+def _or_why(function, image, *arguments):
+    try:
+        return function(image, *arguments)
+    except UnreadableImage as error:
+        return error
+    except FileNotFoundError:  # a Parquet row may name a file instead of holding it
+        return UnreadableImage("no such file")
 
 
 def require_one_val(names: list[str], source: str) -> None:
@@ -62,11 +76,8 @@ def canonical(splits: dict[str, Any], source: str, notes: list[str]) -> dict[str
         UserError: there is no train split, or several for validation.
     """
     require_one_val([name for name in splits if name in VAL_NAMES], source)
-    names = {}
-    for name in splits:
-        short = "test" if name in TEST_NAMES else "val" if name in VAL_NAMES else name
-        if short in ("train", "val", "test"):
-            names[short] = name
+    known = {"train": "train", **dict.fromkeys(TEST_NAMES, "test"), **dict.fromkeys(VAL_NAMES, "val")}
+    names = {known[name]: name for name in splits if name in known}
     if "train" not in names:
         found = ", ".join(splits) or "none"
         raise UserError(

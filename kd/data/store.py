@@ -1,10 +1,9 @@
 """Images decoded once: a uint8 array on disk, memory-mapped, shared by all processes and later runs.
 
 A store is a folder named by a fingerprint of the source and of how it was decoded, and holds a checksum, which is
-compared once for each state of its files (`kd.data.listing`). It is built aside and renamed, under
-a lock: one process builds, with all cores, the others wait; when the builder dies the next one takes over. A set whose
-decoded images would take too much of the disk is not stored, but decoded at each read, to the same images
-at the same places.
+compared once for each state of its files (`kd.data.listing`). It is built aside and renamed, under a lock: one process
+builds, with all cores, the others wait; when the builder dies the next one takes over. A set whose decoded images would
+take too much of the disk is not stored, but decoded at each read, to the same images at the same places.
 """
 
 from __future__ import annotations
@@ -13,12 +12,13 @@ import hashlib
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import PIL
 
-from kd.data.build import Recipe, build, checksum, examined, size_of_first
+from kd.data.build import Recipe, build, checksum, examined, none_readable, size_of_first
 from kd.data.decode import OtherSize
 from kd.data.raw import RawSplit
 from kd.data.sources import Source
@@ -76,11 +76,11 @@ def open_stores(
         classes, splits = source.open()
         return _of_size((classes, {name: Store(split.images, split.labels) for name, split in splits.items()}), recipe)
     root = cache_dir / "store"
-    key = _key(source, recipe)
+    native = root / _key(source, recipe)
     height, width = recipe.fit_to or (None, None)
-    native, fitted = root / key, root / f"{key}-fit{width if width == height else f'{width}x{height}'}"
+    fitted = root / f"{native.name}-fit{width if width == height else f'{width}x{height}'}"
     root.mkdir(parents=True, exist_ok=True)
-    with locked(root / f"{key}.lock"):
+    with locked(root / f"{native.name}.lock"):
         if source.decoded:
             found = _read(native)
         else:
@@ -94,15 +94,18 @@ def open_stores(
         if source.decoded:
             build(native, classes, splits, recipe, None, source.notes)
             return _of_size(_read(native), recipe)
+        make = partial(_make, native, source, classes, splits, recipe, mode)
         try:
-            folder, size, why, bad = _native(native, source, classes, splits, recipe, mode)
+            folder, size = native, size_of_first(splits, recipe)
+            why, bad = make(native, size, fit=False)
         except OtherSize as error:
             if recipe.fit_to is None:
                 raise UserError(
                     f"{error}; set data.resize (pixels of the shorter side), and images become squares"
                 ) from None
             source.notes.append(f"{error}; all are brought to {width}x{height}")
-            folder, size, why, bad = _fitted(native, fitted, source, classes, splits, recipe, mode)
+            folder, size = fitted, recipe.fit_to
+            why, bad = make(fitted, size, fit=True)
         if not why:
             return _read(folder)
     _say(source.notes, {name: [splits[name].name(place) for place, _ in bad_ones] for name, bad_ones in bad.items()})
@@ -130,43 +133,38 @@ def _of_size(found: tuple[list[str], dict[str, Store]], recipe: Recipe) -> tuple
     return classes, stores
 
 
-def _native(
-    native: Path, source: Source, classes: list[str], splits: dict[str, RawSplit], recipe: Recipe, mode: str
-) -> tuple[Path, tuple[int, int], str, dict]:
-    """Build the store of images that all have one size.
+def _make(
+    native: Path,
+    source: Source,
+    classes: list[str],
+    splits: dict[str, RawSplit],
+    recipe: Recipe,
+    mode: str,
+    folder: Path,
+    size: tuple[int, int],
+    fit: bool,
+) -> tuple[str, dict[str, list]]:
+    """Build a store of images that have one size (H, W), or are brought to it.
 
     Returns:
-        The store's folder, the images' size (H, W), why nothing was stored ("" if it was), the unreadable images.
+        Why nothing was stored ("" if it was), and the unreadable images of each split.
 
     Raises:
-        OtherSize: images differ in size.
+        OtherSize: images differ in size and are not to be brought to one.
     """
-    size = size_of_first(splits, recipe)
-    if not (why := _why_streamed(splits, recipe.channels, size, native.parent, mode)):
-        build(native, classes, splits, recipe, size, source.notes)
-        return native, size, why, {}
-    differ, bad = examined(_examination(native), splits, recipe, size)
-    if differ:
+    needed = sum(len(split.labels) for split in splits.values()) * recipe.channels * size[0] * size[1]
+    room = SHARE_OF_DISK * shutil.disk_usage(folder.parent).free
+    if mode == "disk" or (mode == "auto" and needed <= room):
+        build(folder, classes, splits, recipe, size, source.notes, fit)
+        return "", {}
+    differ, bad = None, {}
+    if recipe.skip_unreadable or not fit:  # what a pass over all images finds lies beside the store that is not built
+        differ, bad = examined(native.with_name(f"{native.name}.json"), splits, recipe, size)
+    if differ and not fit:
         raise OtherSize(differ)
-    return native, size, why, bad
-
-
-def _fitted(
-    native: Path, fitted: Path, source: Source, classes: list[str], splits: dict[str, RawSplit], recipe: Recipe, mode
-) -> tuple[Path, tuple[int, int], str, dict]:
-    """Build the store of images that are brought to one size; returns what `_native` does."""
-    size, bad = recipe.fit_to, {}
-    why = _why_streamed(splits, recipe.channels, size, fitted.parent, mode)
-    if not why:
-        build(fitted, classes, splits, recipe, size, source.notes, fit=True)
-    elif recipe.skip_unreadable:
-        _, bad = examined(_examination(native), splits, recipe, size)
-    return fitted, size, why, bad
-
-
-def _examination(native: Path) -> Path:
-    """The file that keeps what a pass over all images found, beside the store that was not built."""
-    return native.with_name(f"{native.name}.json")
+    if mode == "stream":
+        return "data.store stream", bad
+    return f"stored they would take {needed / 1e9:.3g} GB, the limit is {room / 1e9:.3g}: half of the free disk", bad
 
 
 def _streamed(
@@ -181,7 +179,7 @@ def _streamed(
     for name, split in splits.items():
         kept = np.delete(np.arange(len(split.labels)), [place for place, _ in bad.get(name, [])])
         if len(kept) == 0:
-            raise UserError(f"data: no image of the {name} split can be read")
+            raise none_readable(name)
         images = Encoded(split, kept, recipe.channels, size, fit, workers)
         stores[name] = Store(images, split.labels[kept], f"{folder.name}/{name}")
     return stores
@@ -215,14 +213,3 @@ def _say(notes: list[str], skipped: dict[str, list[str]]) -> None:
     for split, names in skipped.items():
         if names:
             say(f"data: {len(names)} unreadable images of {split} are left out: {', '.join(names[:3])}")
-
-
-def _why_streamed(splits: dict[str, RawSplit], channels: int, size: tuple[int, int], root: Path, mode: str) -> str:
-    """Why images of this size are not stored; empty if they are to be."""
-    if mode != "auto":
-        return "data.store stream" if mode == "stream" else ""
-    needed = sum(len(split.labels) for split in splits.values()) * channels * size[0] * size[1]
-    room = SHARE_OF_DISK * shutil.disk_usage(root).free
-    if needed <= room:
-        return ""
-    return f"stored they would take {needed / 1e9:.3g} GB, the limit is {room / 1e9:.3g}: half of the free disk"

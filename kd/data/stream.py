@@ -27,12 +27,9 @@ AHEAD = 2  # results that are made ahead and held, of each worker or of the thre
 class Encoded:
     """Images that are decoded at each read; indexed like a uint8 array (N, C, H, W).
 
-    Args:
-        raw: where they come from.
-        kept: int64 (N,), the places there of those that are used.
-        size: (H, W) of all images.
-        fit: whether they are brought to it, see `kd.data.decode.read_image`.
-        workers: processes that decode ahead, where it is known which images come; 0 for none.
+    raw, kept: where they come from, and int64 (N,), the places there of those that are used.
+    size, fit: (H, W) of all images, and whether they are brought to it, see `kd.data.decode.read_image`.
+    workers: processes that decode ahead, where it is known which images come; 0 for none.
     """
 
     raw: RawSplit
@@ -54,16 +51,9 @@ class Encoded:
             except OtherSize as error:
                 raise UserError(f"{self.raw.name(place)} has become another image ({error}); start again") from None
             if isinstance(pixels, Exception):
-                raise unreadable([(self.raw.name(place), pixels)])
+                raise self.raw.unreadable([(place, pixels)])
             image[:] = pixels
         return images
-
-
-def unreadable(bad: list[tuple[str, object]]) -> UserError:
-    """The error for images, by name, that cannot be decoded, and why."""
-    named = "; ".join(f"{name} ({why})" for name, why in bad[:3])
-    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-    return UserError(f"unreadable image: {named}{more}; repair or remove it, or pass --data.skip_unreadable true")
 
 
 def in_workers(function: Callable, arguments: Iterable, workers: int, pin: bool = False) -> Iterator:
@@ -94,13 +84,13 @@ def in_workers(function: Callable, arguments: Iterable, workers: int, pin: bool 
     )
     before = active_children()
     results = iter(loader)
-    workers = [process for process in active_children() if process not in before]
+    started = [process for process in active_children() if process not in before]
     # after an error nobody may tell them to end, and Python would wait for them for ever
-    end = Finalize(None, _end, args=(workers,), exitpriority=1)
+    end = Finalize(None, _end, args=(started,), exitpriority=1)
     try:
         for result in results:
-            if isinstance(result, _Raised):
-                raise result.kind(result.message)
+            if isinstance(result, Exception):
+                raise result
             yield result
     finally:
         end.cancel()
@@ -122,16 +112,8 @@ def ahead(function: Callable, arguments: Iterable) -> Iterator:
 
 
 @dataclass
-class _Raised:
-    """What a function raised in a worker; an exception itself would come back with the worker's traceback in it."""
-
-    kind: type[Exception]
-    message: str
-
-
-@dataclass
 class _Called:
-    """A function as a data set."""
+    """A function as a data set; it gives an error back, since one that a worker raises comes with its traceback."""
 
     function: Callable
 
@@ -139,7 +121,7 @@ class _Called:
         try:
             return self.function(argument)
         except (UserError, OtherSize) as error:
-            return _Raised(type(error), str(error))
+            return error
 
 
 def _as_it_is(result):
