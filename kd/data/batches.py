@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from kd import keyed
 from kd.data.views import Views
-from kd.data.views.mixes import mixed_labels
+from kd.data.views.mixes import mixed_labels, partners
 from kd.outputs import Batch
 from kd.util.device import to_device
 
@@ -24,31 +25,20 @@ BLOCK = 64  # steps that are drawn at once: each draw is a dozen small operation
 
 
 @dataclass
-class _Drawn:
-    """What is drawn for images that are shown one after another; all of one length, or None."""
-
-    where: np.ndarray  # positions in the split
-    places: Tensor
-    keys: Tensor
-    numbers: Tensor | None
-    dropout: Tensor
-    others: np.ndarray | None
-    other_keys: Tensor | None
-
-    def part(self, start: int, stop: int) -> _Drawn:
-        return _Drawn(*(value if value is None else value[start:stop] for value in vars(self).values()))
-
-
-@dataclass
 class _Part:
-    """A process's micro-batch."""
+    """A process's micro-batch before its images are read; what is named as in `Batch` is the same.
 
-    drawn: _Drawn
-    where: np.ndarray  # positions in the split of the images, then of those that they are mixed with
+    where, views: positions in the split, and keys of the views, of the images and then of what these are mixed with.
+    lookup: int64 (B, 2), places and numbers of the views, for tables; None where there are none.
+    """
+
+    where: np.ndarray
+    views: Tensor
+    keys: Tensor
     lookup: Tensor | None
+    weight: float
     counts: list[int] | None
     whole: bool
-    weight: float
     labelled: Tensor | None = None
     labelled_share: float = 1.0
 
@@ -81,8 +71,7 @@ class TrainBatches:
         self.rank, self.num_processes, self.accumulate = rank, num_processes, accumulate
         self.views, self.num_classes = views, num_classes
         self.steps_per_epoch = -(-len(split) // batch_size)
-        self._orders: dict[int, np.ndarray] = {}
-        self._blocks: dict[tuple[int, int], list[list[_Part]]] = {}
+        self._order, self._block = lru_cache(2)(self._order), lru_cache(2)(self._block)  # images are read ahead: two
         self._labels = split.labels if (split.labels < 0).any() else None  # only where some are unknown
         self._coming, self._read, self._parts = None, None, deque()
 
@@ -93,8 +82,8 @@ class TrainBatches:
 
     def images_seen(self, step: int) -> int:
         """How many images have been shown after so many steps."""
-        missing = self.steps_per_epoch * self.batch_size - len(self.split)  # in each epoch's last batch
-        return step * self.batch_size - step // self.steps_per_epoch * missing
+        epochs, batches = divmod(step, self.steps_per_epoch)
+        return epochs * len(self.split) + batches * self.batch_size
 
     def num_micro(self, step: int) -> int:
         """How many micro-batches a step has, equal on all processes; none is empty on the first one."""
@@ -115,20 +104,18 @@ class TrainBatches:
             self._read = self.split.batches(self._wheres(step, micro, self._parts), device)
         inputs, labels, index = next(self._read)
         self._coming = (*self._after(step, micro), device)
-        part, epoch = self._parts.popleft(), step // self.steps_per_epoch
-        drawn = part.drawn
+        part = self._parts.popleft()
+        if "image" in inputs:
+            inputs["image"] = self.views.apply(inputs["image"], part.views)
         if self.views.mixes:
-            count = len(drawn.places)
-            images = self.views.apply(inputs["image"], torch.cat([drawn.keys, drawn.other_keys]))
-            inputs["image"], shares = self.views.mix(images[:count], images[count:], drawn.keys)
-            labels, index = mixed_labels(labels[:count], labels[count:], shares, self.num_classes), index[:count]
-        elif "image" in inputs:
-            inputs["image"] = self.views.apply(inputs["image"], drawn.keys)
-        for viewed in self.split.viewed:
-            inputs |= viewed.table.look(part.lookup, inputs, viewed.compute)
-        batch = Batch(inputs, labels, index, to_device(drawn.dropout, device), epoch, part.counts, part.whole, step)
-        if part.labelled is not None:
-            batch.labelled, batch.labelled_share = to_device(part.labelled, device), part.labelled_share
+            count = len(part.keys)
+            inputs["image"], shares = self.views.mix(*inputs["image"].split(count), part.views[:count])
+            labels, index = mixed_labels(*labels.split(count), shares, self.num_classes), index[:count]
+        for look in self.split.viewed:
+            inputs |= look(part.lookup, inputs)
+        keys, labelled = (None if one is None else to_device(one, device) for one in (part.keys, part.labelled))
+        epoch, share = step // self.steps_per_epoch, part.labelled_share
+        batch = Batch(inputs, labels, index, keys, epoch, part.counts, part.whole, step, None, labelled, share)
         return batch, part.weight
 
     def close(self) -> None:
@@ -140,53 +127,48 @@ class TrainBatches:
         return min(self.batch_size, len(self.split) - step % self.steps_per_epoch * self.batch_size)
 
     def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            order = keyed.permutation(keyed.key(self.seed, keyed.Purpose.ORDER, epoch), len(self.split)).numpy()
-            self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order}  # images are read ahead: two epochs
-        return self._orders[epoch]
+        return keyed.permutation(keyed.key(self.seed, keyed.Purpose.ORDER, epoch), len(self.split)).numpy()
 
     def _part(self, step: int, micro: int) -> _Part:
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        block, number = divmod(batch, BLOCK)
-        if (epoch, block) not in self._blocks:
-            first = step - number
-            last = min(first + BLOCK, (epoch + 1) * self.steps_per_epoch)
-            self._blocks = {**dict(list(self._blocks.items())[-1:]), (epoch, block): self._draw(first, last)}
-        return self._blocks[epoch, block][number][micro]
+        number = step % self.steps_per_epoch % BLOCK
+        return self._block(step - number)[number][micro]
 
-    def _draw(self, first: int, last: int) -> list[list[_Part]]:
-        """The micro-batches of some successive steps of an epoch."""
+    def _block(self, first: int) -> list[list[_Part]]:
+        """The micro-batches of `BLOCK` successive steps, or those up to the end of the epoch."""
         epoch, batch = divmod(first, self.steps_per_epoch)
-        where = self._order(epoch)[batch * self.batch_size : (batch + last - first) * self.batch_size]
-        places, others, other_keys = torch.from_numpy(self.split.places[where]), None, None
-        keys, numbers = self.views.draw(self.seed, epoch, places)
+        steps = range(first, min(first + BLOCK, (epoch + 1) * self.steps_per_epoch))
+        where = self._order(epoch)[batch * self.batch_size : (batch + len(steps)) * self.batch_size]
+        places = torch.from_numpy(self.split.places[where])
+        views, numbers = self.views.draw(self.seed, epoch, places)
+        lookup = None if numbers is None else torch.stack([places, numbers], dim=1)
+        keys = keyed.keys(keyed.key(self.seed, keyed.Purpose.DROPOUT, epoch), places)
+        where, views = where[None], views[None]
         if self.views.mixes:
-            others, other_keys = self.views.partners(keys, len(self.split))
-            others = others.numpy()
-        dropout = keyed.keys(keyed.key(self.seed, keyed.Purpose.DROPOUT, epoch), places)
-        drawn = _Drawn(where, places, keys, numbers, dropout, others, other_keys)
-        offsets = range(0, (last - first) * self.batch_size, self.batch_size)
+            others, other_views = partners(views, len(self.split))
+            where, views = np.concatenate([where, others.numpy()]), torch.cat([views, other_views])
         return [
-            [self._cut(drawn, offset, step, micro) for micro in range(self.num_micro(step))]
-            for step, offset in zip(range(first, last), offsets, strict=True)
+            [
+                self._cut(where, views, keys, lookup, number * self.batch_size, step, micro)
+                for micro in range(self.num_micro(step))
+            ]
+            for number, step in enumerate(steps)
         ]
 
-    def _cut(self, drawn: _Drawn, offset: int, step: int, micro: int) -> _Part:
+    def _cut(self, where, views, keys, lookup, offset: int, step: int, micro: int) -> _Part:
         """This process's part of what is drawn from `offset` on."""
         size, num_micro, world = self._size(step), self.num_micro(step), self.num_processes
         parts = [_share(*_share(offset, offset + size, world, rank), num_micro, micro) for rank in range(world)]
         start, stop = parts[self.rank]
-        weight = (stop - start) * world / size
-        own = drawn.part(start, stop) if weight else drawn.part(offset, offset + 1)
-        where = own.where if own.others is None else np.concatenate([own.where, own.others])
-        lookup = None
-        if own.numbers is not None and weight:
-            lookup = torch.stack([own.places, own.numbers], dim=1)
         counts = [stop - start for start, stop in parts] if world > 1 else None
-        part = _Part(own, where, lookup, counts, num_micro == 1, weight)
+        own = slice(start, stop) if stop > start else slice(offset, offset + 1)
+        lookup = None if lookup is None or start == stop else lookup[own]
+        weight = (stop - start) * world / size
+        part = _Part(
+            where[:, own].flatten(), views[:, own].flatten(), keys[own], lookup, weight, counts, num_micro == 1
+        )
         if self._labels is not None:
-            known = self._labels[own.where] >= 0
-            everywhere = (self._labels[drawn.where[offset : offset + size]] >= 0).mean()
+            known = self._labels[where[0, own]] >= 0
+            everywhere = (self._labels[where[0, offset : offset + size]] >= 0).mean()
             part.labelled = torch.from_numpy(np.flatnonzero(known))
             part.labelled_share = float(known.mean() / everywhere) if everywhere else 0.0
         return part

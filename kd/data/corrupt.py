@@ -13,6 +13,7 @@ higher severity is more of the same noise.
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from kd import keyed
+from kd.data import Read, Split
 
 SEVERITIES = (1, 2, 3, 4, 5)
 STRENGTHS = {
@@ -47,6 +49,18 @@ def corrupt(images: Tensor, index: Tensor, name: str, severity: int) -> Tensor:
     few = max(1, 2**18 // images[0].numel())  # at once, so that they stay in the CPU's cache
     parts = zip(images.split(few), index.split(few), strict=True)
     return torch.cat([_corrupt(part, places, name, strength) for part, places in parts])
+
+
+@dataclass
+class CorruptedSplit(Split):
+    """A split whose images are read corrupted."""
+
+    corruption: str
+    severity: int
+
+    def on_host(self, where: np.ndarray) -> Read:
+        columns, labels, index = super().on_host(where)
+        return {"image": corrupt(columns["image"], index, self.corruption, self.severity)}, labels, index
 
 
 def _corrupt(images: Tensor, index: Tensor, name: str, strength: float) -> Tensor:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kd.data import CorruptedSplit, Data, Split, load_data
-from kd.data.corrupt import SEVERITIES, STRENGTHS
+from kd.data import Data, Split, load_data
+from kd.data.corrupt import SEVERITIES, STRENGTHS, CorruptedSplit
 from kd.data.identity import changes, identity
 from kd.measure import cost, metrics
 from kd.measure.compare import experiment

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd.data import Data, Split, Viewed, default_cache_dir
+from kd.data import Data, Split, cache_dir
 from kd.models import BACKBONE, Classifier, code_hash, state_hash
 from kd.teachers import Teachers, columns
 from kd.teachers.fixed_table import fixed_table
@@ -135,7 +136,7 @@ class _Frozen:
         if self.worth_it:
             return self.fixed(self.data.train)
         table = self._view_table()
-        return None if table is None else replace(self.data.train, viewed=[Viewed(table, self.compute)])
+        return None if table is None else replace(self.data.train, viewed=[partial(table.look, compute=self.compute)])
 
     def fixed(self, split: Split) -> Split | None:
         """A split with the columns of its images as they are stored; None where they would take too much."""
@@ -148,8 +149,7 @@ class _Frozen:
         settings, accelerator = self.config.data, self.accelerator
         parts = [FORMAT, *self.key, accelerator.mixed_precision, split.store.identity(), of, accelerator.device.type]
         name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-        cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else default_cache_dir()
-        return cache_dir / "tables" / f"{self.kind}-{name}"
+        return cache_dir(settings) / "tables" / f"{self.kind}-{name}"
 
     @torch.no_grad()
     def _view_table(self) -> ViewTable | None:

@@ -125,11 +125,11 @@ WRONG = [
         id="source",
     ),
     pytest.param(
-        ("--data.num_train", 5), ["data.num_train 5 must", "10 (one image a class)", "1747"], id="num_train too small"
+        ("--data.num_train", 5), ["data.num_train 5 must", "10 (one image per class)", "1747"], id="num_train too small"
     ),
     pytest.param(
         ("--data.num_train", 5000),
-        ["data.num_train 5000 must", "10 (one image a class)", "1747"],
+        ["data.num_train 5000 must", "10 (one image per class)", "1747"],
         id="num_train too large",
     ),
     pytest.param(

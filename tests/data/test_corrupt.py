@@ -14,8 +14,8 @@ from PIL import Image
 from scipy import ndimage, stats
 
 from kd import keyed
-from kd.data import CorruptedSplit, load_data
-from kd.data.corrupt import SEVERITIES, STRENGTHS, corrupt
+from kd.data import load_data
+from kd.data.corrupt import SEVERITIES, STRENGTHS, CorruptedSplit, corrupt
 from kd.run.config import DataConfig, EvaluateConfig
 
 

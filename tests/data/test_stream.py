@@ -22,7 +22,8 @@ from test_resume import assert_same_run
 from test_views import EVERY, mixed_batches
 
 from kd import data as kd_data
-from kd.data import CorruptedSplit, Data, Split, TrainBatches, Views, build, load_data
+from kd.data import Data, Split, TrainBatches, Views, build, load_data
+from kd.data.corrupt import CorruptedSplit
 from kd.data.decode import image_size, read_image
 from kd.data.store import Store
 from kd.data.stream import AHEAD, Encoded, ahead, in_workers
