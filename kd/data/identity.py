@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 
 import numpy as np
 
@@ -24,18 +25,14 @@ def identity(data: Data) -> dict[str, dict]:
 def _identity(split: Split, classes: list[str]) -> dict:
     chosen = np.unique(np.linspace(0, len(split) - 1, NUM_COMPARED).astype(np.int64))
     images = np.ascontiguousarray(split.store.images[split.places[chosen]])
-    names = json.dumps(classes).encode()
+    parts = json.dumps(classes).encode(), *(column.astype("<i8").tobytes() for column in (split.places, split.labels))
     return {
         "images": len(split),
-        "split": _digest(names, split.places.astype("<i8").tobytes(), split.labels.astype("<i8").tobytes()),
-        "pixels": _digest(images.tobytes()),
+        "split": hashlib.sha256(b"".join(parts)).hexdigest(),
+        "pixels": hashlib.sha256(images).hexdigest(),
         "looks": images.mean(axis=(2, 3)).round().astype(np.uint8).tobytes().hex(),
         "files": split.store.fingerprint,
     }
-
-
-def _digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def changes(before: dict[str, dict], now: dict[str, dict]) -> tuple[dict[str, str], list[str]]:
@@ -64,8 +61,6 @@ def changes(before: dict[str, dict], now: dict[str, dict]) -> tuple[dict[str, st
 
 
 def _alike(one: str, two: str) -> bool:
-    try:
-        pairs = zip(bytes.fromhex(one), bytes.fromhex(two), strict=True)
-        return all(abs(a - b) <= TOLERANCE for a, b in pairs)
-    except ValueError:  # of other lengths, or no such bytes
-        return False
+    with suppress(ValueError):  # of other lengths, or no such bytes
+        return all(abs(a - b) <= TOLERANCE for a, b in zip(bytes.fromhex(one), bytes.fromhex(two), strict=True))
+    return False

@@ -11,6 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -59,46 +60,33 @@ def _walk(folder: Path, above: tuple[str, ...], inside: tuple) -> Iterator:
 
 
 def contents(folder: Path, files: Listing, memory: Path, place: Path | None = None) -> str:
-    """A hash of the files' names and of what they hold.
-
-    Args:
-        memory: the folder where hashes are kept.
-        place: where the folder is going to be, if not where it is.
-    """
+    """A hash of the files' names and of what they hold, kept in the folder `memory`; `place` is where the folder is
+    going to be, if not where it is."""
     names = [os.sep.join(parts) for parts, _ in files]
     states = [f"{state.st_size}:{state.st_mtime_ns}:{state.st_ino}" for _, state in files]
     known = memory / digest([str((place or folder).resolve()), *names, *states])
-    if known.is_file():
-        return known.read_text()
     with unless_read_only():
         memory.mkdir(parents=True, exist_ok=True)
-    with locked(memory / ".lock"):  # one process reads, the others wait and find it
-        if not known.is_file():
-            found = _read(folder, names, sum(state.st_size for _, state in files))
-            with unless_read_only():
-                write_atomic(known, found.encode())
-            return found
-    return known.read_text()
-
-
-def _read(folder: Path, names: list[str], num_bytes: int) -> str:
-    paths = [os.path.join(folder, name) for name in names]
-    blocks = [paths[start : start + BLOCK] for start in range(0, len(paths), BLOCK)]
-    hashes, workers = [], num_cores() if num_bytes > MANY_BYTES else 0
-    with tqdm(total=len(paths), desc="read files", unit="file", disable=None, leave=False) as bar:
-        for some in in_workers(_hashes, blocks, workers):
-            hashes += some
-            bar.update(len(some))
-    return digest([*names, *hashes])
+    with nullcontext() if known.is_file() else locked(memory / ".lock"):  # one reads, the others wait and find it
+        if known.is_file():
+            return known.read_text()
+        many = sum(state.st_size for _, state in files) > MANY_BYTES
+        paths, hashes = [os.path.join(folder, name) for name in names], []
+        blocks = [paths[start : start + BLOCK] for start in range(0, len(paths), BLOCK)]
+        with tqdm(total=len(paths), desc="read files", unit="file", disable=None, leave=False) as bar:
+            for some in in_workers(_hashes, blocks, num_cores() if many else 0):
+                hashes += some
+                bar.update(len(some))
+        found = digest([*names, *hashes])
+        with unless_read_only():
+            write_atomic(known, found.encode())
+        return found
 
 
 def _hashes(paths: list[str]) -> list[str]:
-    return [_hash(path) for path in paths]
-
-
-def _hash(path: str) -> str:
     """Empty for what cannot be read, which is told when an image is made of it, and for pipes."""
-    try:
-        return file_sha256(Path(path)) if os.path.isfile(path) else ""
-    except OSError:
-        return ""
+    hashes = [""] * len(paths)
+    for number, path in enumerate(paths):
+        with suppress(OSError):
+            hashes[number] = file_sha256(Path(path)) if os.path.isfile(path) else ""
+    return hashes

@@ -22,31 +22,21 @@ from kd.models.cifar10_resnets import CIFAR10_RESNETS
 from kd.models.dropout import use_keyed_dropout
 from kd.models.exits import ExitNetwork
 from kd.models.fold import folded
-from kd.models.frozen import code_hash, freeze, freeze_all_but, state_hash
+from kd.models.frozen import code_hash as code_hash
+from kd.models.frozen import freeze as freeze
+from kd.models.frozen import freeze_all_but
+from kd.models.frozen import state_hash as state_hash
 from kd.models.own import accept, import_builder
 from kd.models.preprocess import Preprocess, View
-from kd.models.reused_head import ReusedHead, reuse_head
+from kd.models.reused_head import ReusedHead
+from kd.models.reused_head import reuse_head as reuse_head
 from kd.models.small import SMALL_NETS
-from kd.models.taps import Taps
+from kd.models.taps import tap
 from kd.outputs import Outputs
 from kd.util.contents import read_network
 from kd.util.errors import UserError, unknown
 from kd.util.own_code import blamed, described
 from kd.util.tensors import savable
-
-__all__ = [
-    "Classifier",
-    "View",
-    "bare",
-    "build_classifier",
-    "build_network",
-    "code_hash",
-    "freeze",
-    "load_classifier",
-    "reuse_head",
-    "state_hash",
-    "view_of",
-]
 
 _OWN_NETS = {**SMALL_NETS, **CIFAR_NETS, **CIFAR10_RESNETS}
 _MADE_BY_SCRIPTS = {"exit": ExitNetwork, "reused_head": ReusedHead}  # known to a run's config.json, not to flags
@@ -75,7 +65,8 @@ class Classifier(nn.Module):
         # A network of the user's own may use `view`, which channels_last breaks.
         model = recipe["model_args"]["student"] if recipe["model"] in _MADE_BY_SCRIPTS else recipe["model"]
         self._any_order = model in _OWN_NETS or _of_torchvision(model)
-        self._taps = Taps(network)
+        self._tapped: set[str] = set()
+        self._features: dict[str, Tensor] = {}  # of the forward pass that runs now
         self.head: str | None = None  # the head's dotted name where all else is frozen
 
     def tap(self, names: Iterable[str]) -> None:
@@ -84,7 +75,9 @@ class Classifier(nn.Module):
         Raises:
             UserError: there is no such module; the known ones are listed.
         """
-        self._taps.add(names, self.recipe["model"])
+        new = dict.fromkeys(name for name in names if name not in self._tapped)
+        tap(self.network, new, self._features, self.recipe["model"])
+        self._tapped.update(new)
 
     def outputs(self, inputs: dict[str, Tensor], keys: Tensor | None = None) -> Outputs:
         """Logits and tapped features for the columns of a `Batch`; with `keys` (int64 (B,)) dropout draws a function of
@@ -97,12 +90,14 @@ class Classifier(nn.Module):
         images = inputs["image"]
         for dropout in self._dropouts:
             dropout.keys = keys
-        self._taps.clear()
+        self._features.clear()
         prepared = self.preprocess(images)
         if self._any_order and (images.device.type == "cpu" or torch.is_autocast_enabled(images.device.type)):
             # Convolutions follow their input's order in memory; this one is faster on CPUs and in half precision.
             prepared = prepared.contiguous(memory_format=torch.channels_last)
-        return Outputs(self.network(prepared), self._taps.take())
+        logits, features = self.network(prepared), dict(self._features)
+        self._features.clear()
+        return Outputs(logits, features)
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (B, K) for the columns of a `Batch`."""
@@ -188,7 +183,9 @@ def build_network(name: str, num_classes: int, model_args: dict | None = None, t
         return torchvision_nets.build_torchvision(name, num_classes, **arguments)
     ours = {**_OWN_NETS, **_MADE_BY_SCRIPTS}
     given = {"num_classes": num_classes, **({"trust": trust} if name in _MADE_BY_SCRIPTS else {})}
-    builder = ours.get(name) or _import(name, trust)
+    if name not in ours and "." not in name:
+        raise unknown("model", name, model_names(), "or the import path of your own, as my_package.MyNet")
+    builder = ours.get(name) or import_builder(name, trust)
     parameters = inspect.signature(builder).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in arguments:
@@ -208,12 +205,6 @@ def _of_torchvision(name: str) -> bool:
     """Whether torchvision builds it; torchvision, which takes a second to import, is only looked at where it may."""
     ours = name in _OWN_NETS or name in _MADE_BY_SCRIPTS or "." in name
     return not ours and name in torchvision_nets.names()
-
-
-def _import(path: str, trust: bool):
-    if "." not in path:
-        raise unknown("model", path, model_names(), "or the import path of your own, as my_package.MyNet")
-    return import_builder(path, trust)
 
 
 def bare(name: str) -> str:
@@ -251,15 +242,13 @@ def build_classifier(
     Raises:
         UserError: unknown name or argument, weights that are missing, damaged or do not fit.
     """
-    state, name = None, bare(name)
+    name = bare(name)
     if weights is not None:
-        state = read_weights(name, weights)
+        network, head = _with_weights(name, read_weights(name, weights), len(classes), model_args, weights)
     elif freeze_backbone:
         raise UserError(f"freeze_backbone would freeze the random weights of {name}; give weights too")
-    if state is None:
-        network, head = build_network(name, len(classes), model_args, trust=True), None
     else:
-        network, head = _with_weights(name, state, len(classes), model_args, weights)
+        network, head = build_network(name, len(classes), model_args, trust=True), None
     classifier = Classifier(network, view, classes, {"model": name, "model_args": dict(model_args or {})})
     if freeze_backbone:  # after the classifier has put its own dropout into the network
         freeze_all_but(network, head)
@@ -309,10 +298,9 @@ def _with_weights(name, state, num_classes, model_args, weights) -> tuple[nn.Mod
     """The network with a state dict in it, and the name of its head."""
     with torch.random.fork_rng(devices=[]):  # the head's first weights must not depend on how the rest was filled
         network = build_network(name, num_classes, model_args, trust=True)
-    head = torchvision_nets.head_name(network)
-    rows = state[f"{head}.weight"].shape[0] if f"{head}.weight" in state else None
-    if rows not in (None, num_classes):
-        with torch.random.fork_rng(devices=[]):
+        head = torchvision_nets.head_name(network)
+        rows = state[f"{head}.weight"].shape[0] if f"{head}.weight" in state else num_classes
+        if rows != num_classes:
             network = build_network(name, rows, model_args, trust=True)
     fill(network, state, name, weights)
     if rows != num_classes:
@@ -322,10 +310,9 @@ def _with_weights(name, state, num_classes, model_args, weights) -> tuple[nn.Mod
 
 def fill(network: nn.Module, state: dict[str, Tensor], name: str, weights: str) -> None:
     """Load a state dict, whole and in float32; raises a UserError where it does not fit."""
+    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     try:
-        network.load_state_dict(
-            {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
-        )
+        network.load_state_dict(state)
     except RuntimeError as error:
         reason = re.sub(r"\s+", " ", str(error))[:300]
         raise UserError(f"weights {weights!r} do not fit {name}: {reason}") from None

@@ -55,7 +55,7 @@ def _conv(channels_in: int, channels_out: int, size: int = 3, stride: int = 1, g
     return nn.Conv2d(channels_in, channels_out, size, stride, size // 2, groups=groups, bias=bias)
 
 
-def _conv_norm(channels_in: int, channels_out: int, *arguments, relu: bool = True) -> list[nn.Module]:
+def conv_norm(channels_in: int, channels_out: int, *arguments, relu: bool = True) -> list[nn.Module]:
     layers = [_conv(channels_in, channels_out, *arguments), nn.BatchNorm2d(channels_out)]
     return [*layers, nn.ReLU()] if relu else layers
 
@@ -106,16 +106,16 @@ def resnet(num_classes: int, depth: int, channels: tuple[int, int, int, int] = (
     """
 
     def block(channels_in, channels_out, stride):
-        branch = _conv_norm(channels_in, channels_out, 3, stride)
-        branch += _conv_norm(channels_out, channels_out, relu=False)
+        branch = conv_norm(channels_in, channels_out, 3, stride)
+        branch += conv_norm(channels_out, channels_out, relu=False)
         same = (channels_in, stride) == (channels_out, 1)
-        shortcut = None if same else nn.Sequential(*_conv_norm(channels_in, channels_out, 1, stride, relu=False))
+        shortcut = None if same else nn.Sequential(*conv_norm(channels_in, channels_out, 1, stride, relu=False))
         return Residual(nn.Sequential(*branch), shortcut)
 
     count = (depth - 2) // 6
     plan = [(channels_out, count, stride) for channels_out, stride in zip(channels[1:], (1, 2, 2), strict=True)]
     stages = [_stage(_relu_between(blocks)) for blocks in _blocks(channels[0], plan, block)]
-    return _he(_network(nn.Sequential(*_conv_norm(3, channels[0])), stages, channels[-1], num_classes))
+    return _he(_network(nn.Sequential(*conv_norm(3, channels[0])), stages, channels[-1], num_classes))
 
 
 def _relu_between(blocks: list[nn.Module]) -> list[nn.Module]:
@@ -133,7 +133,7 @@ def wide_resnet(num_classes: int, depth: int, width: int) -> CifarNet:
     plan = [(16 * width, (depth - 4) // 6, 1), (32 * width, (depth - 4) // 6, 2), (64 * width, (depth - 4) // 6, 2)]
 
     def block(channels_in, channels_out, stride):
-        branch = nn.Sequential(*_conv_norm(channels_in, channels_out, 3, stride), _conv(channels_out, channels_out))
+        branch = nn.Sequential(*conv_norm(channels_in, channels_out, 3, stride), _conv(channels_out, channels_out))
         norm = [] if stride == 2 else [nn.BatchNorm2d(channels_in), nn.ReLU()]
         if channels_in == channels_out:
             return Residual(nn.Sequential(*norm, *branch))
@@ -175,8 +175,8 @@ def mobilenet_v2(num_classes: int, width: float, expansion: int) -> CifarNet:
     def block(expansion):
         def make(channels_in, channels_out, stride):
             hidden = channels_in * expansion
-            branch = [*_conv_norm(channels_in, hidden, 1), *_conv_norm(hidden, hidden, 3, stride, hidden)]
-            branch = nn.Sequential(*branch, *_conv_norm(hidden, channels_out, 1, relu=False))
+            branch = [*conv_norm(channels_in, hidden, 1), *conv_norm(hidden, hidden, 3, stride, hidden)]
+            branch = nn.Sequential(*branch, *conv_norm(hidden, channels_out, 1, relu=False))
             return Residual(branch) if (channels_in, stride) == (channels_out, 1) else branch
 
         return make
@@ -187,7 +187,7 @@ def mobilenet_v2(num_classes: int, width: float, expansion: int) -> CifarNet:
     groups = [*_blocks(first, plan[:1], block(1)), *_blocks(others[0], plan[1:], block(expansion))]
     joined = [groups[0] + groups[1], groups[2], groups[3] + groups[4], groups[5] + groups[6]]
     stages = [_row(blocks, preact=nn.Identity()) for blocks in joined]
-    stem = nn.Sequential(*_conv_norm(3, first, 3, 2))
+    stem = nn.Sequential(*conv_norm(3, first, 3, 2))
     last = _stage([_conv(others[-1], 1280, 1)], preact=nn.BatchNorm2d(1280))
     return _he(_network(stem, stages, 1280, num_classes, last=last), linear_std=0.01)
 
@@ -201,14 +201,14 @@ def shufflenet_v1(num_classes: int) -> CifarNet:
     def block(channels_in, channels_out, stride):
         made = channels_out - channels_in if stride == 2 else channels_out  # the shortcut brings the others
         inner, first = made // 4, 1 if channels_in == 24 else 3
-        branch = [*_conv_norm(channels_in, inner, 1, 1, first), nn.ChannelShuffle(first)]
-        branch += [*_conv_norm(inner, inner, 3, stride, inner), *_conv_norm(inner, made, 1, 1, 3, relu=False)]
+        branch = [*conv_norm(channels_in, inner, 1, 1, first), nn.ChannelShuffle(first)]
+        branch += [*conv_norm(inner, inner, 3, stride, inner), *conv_norm(inner, made, 1, 1, 3, relu=False)]
         shortcut = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else None
         return Residual(nn.Sequential(*branch), shortcut, beside=stride == 2)
 
     plan = [(240, 4, 2), (480, 8, 2), (960, 4, 2)]
     stages = [_stage(_relu_between(blocks)) for blocks in _blocks(24, plan, block)]
-    return _network(nn.Sequential(*_conv_norm(3, 24, 1)), stages, 960, num_classes)
+    return _network(nn.Sequential(*conv_norm(3, 24, 1)), stages, 960, num_classes)
 
 
 def shufflenet_v2(num_classes: int) -> CifarNet:
@@ -222,17 +222,17 @@ def shufflenet_v2(num_classes: int) -> CifarNet:
     def block(channels_in, channels_out, stride):
         half = channels_out // 2
         entering = channels_in if stride == 2 else half
-        branch = [*_conv_norm(entering, half, 1), *_conv_norm(half, half, 3, stride, half, relu=False)]
-        branch = nn.Sequential(*branch, *_conv_norm(half, half, 1, relu=False))
+        branch = [*conv_norm(entering, half, 1), *conv_norm(half, half, 3, stride, half, relu=False)]
+        branch = nn.Sequential(*branch, *conv_norm(half, half, 1, relu=False))
         if stride == 1:
             return SplitShuffle(branch)
-        other = _conv_norm(channels_in, channels_in, 3, 2, channels_in, relu=False)
-        return SplitShuffle(branch, nn.Sequential(*other, *_conv_norm(channels_in, half, 1, relu=False)))
+        other = conv_norm(channels_in, channels_in, 3, 2, channels_in, relu=False)
+        return SplitShuffle(branch, nn.Sequential(*other, *conv_norm(channels_in, half, 1, relu=False)))
 
     plan = [(116, 4, 2), (232, 8, 2), (464, 4, 2)]
     stages = [_stage(_relu_between(blocks)) for blocks in _blocks(24, plan, block)]
     last = _stage([_conv(464, 1024, 1)], preact=nn.BatchNorm2d(1024))
-    return _network(nn.Sequential(*_conv_norm(3, 24, 1)), stages, 1024, num_classes, last=last)
+    return _network(nn.Sequential(*conv_norm(3, 24, 1)), stages, 1024, num_classes, last=last)
 
 
 CIFAR_NETS = {

@@ -22,7 +22,7 @@ def up_to(network: nn.Module, tap: str) -> nn.Sequential:
     return nn.Sequential(children)
 
 
-def last_map(name: str, network: nn.Module) -> str | None:
+def last_map(network: nn.Module) -> str | None:
     """The module that gives the last feature map which is the network's own size; None where it is not known."""
     if isinstance(network, CifarNet):
         return [child for child, _ in network.named_children() if child.startswith(("stage", "layer"))][-1]
@@ -38,8 +38,8 @@ def noise(image_shape: tuple[int, int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def map_shape(classifier, tap: str, image_shape: tuple[int, int, int], why: str) -> list[int]:
-    """The shape (C, H, W) of the map that a module gives; the classifier is tapped there and left in eval mode.
+def map_of_noise(classifier, tap: str, image_shape: tuple[int, int, int], why: str) -> Tensor:
+    """The map (2, C, H, W) that a module gives for `noise`; the classifier is tapped there and left in eval mode.
 
     Args:
         why: what asks for it, at the beginning of an error.
@@ -48,26 +48,25 @@ def map_shape(classifier, tap: str, image_shape: tuple[int, int, int], why: str)
         UserError: there is no such module, or it gives no map.
     """
     classifier.tap([tap])
-    shape = list(classifier.eval().outputs({"image": noise(image_shape)}).features[tap].shape[1:])
-    if len(shape) != 3:
-        found = "x".join(map(str, shape))
+    found = classifier.eval().outputs({"image": noise(image_shape)}).features[tap]
+    if found.ndim != 4:
+        shape = "x".join(map(str, found.shape[1:]))
         raise UserError(
-            f"{why} {tap!r} of {classifier.recipe['model']} gives {found}; name a module that gives a map, CxHxW"
+            f"{why}: tap {tap!r} of {classifier.recipe['model']} gives {shape}; name a module that gives a map, CxHxW"
         )
-    return shape
+    return found
 
 
 @torch.no_grad()
-def check_cut(body: nn.Module, classifier, tap: str, image_shape: tuple[int, int, int], why: str) -> None:
-    """Compare a body cut by `up_to` with the classifier that it is of, which is tapped there, both in eval mode.
+def cut(classifier, tap: str, image_shape: tuple[int, int, int], why: str) -> tuple[nn.Sequential, list[int]]:
+    """The modules of a classifier up to one that gives a map, which they share, and that map's shape (C, H, W).
 
     Raises:
-        UserError: they differ, because the network does more than to run its modules one after another.
+        UserError: as `map_of_noise`; or the network does more than to run its modules one after another.
     """
-    images = {"image": noise(image_shape)}
-    expected = classifier.outputs(images).features[tap]
+    expected, body = map_of_noise(classifier, tap, image_shape, why), up_to(classifier.network, tap)
     try:
-        again = body(classifier.preprocess(images["image"]))
+        again = body(classifier.preprocess(noise(image_shape)))
         # Of the largest entry: in a deep network of random weights rounding is that of numbers far above small ones.
         same = again.shape == expected.shape and (again - expected).abs().max() <= 1e-3 * expected.abs().max()
     except (RuntimeError, ValueError, TypeError):
@@ -77,3 +76,4 @@ def check_cut(body: nn.Module, classifier, tap: str, image_shape: tuple[int, int
             f"{why}: {classifier.recipe['model']} does not run its modules one after another up to {tap!r}, so it "
             f"cannot be cut there; name another module"
         )
+    return body, list(expected.shape[1:])

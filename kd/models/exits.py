@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd.models.cifar import conv_norm
 from kd.models.cut import up_to
 
 
@@ -28,10 +29,8 @@ class ExitHead(nn.Module):
         super().__init__()
         inner = max(1, last[0] // factor)
         stride = [max(1, side // small) for side, small in zip(shape[1:], last[1:], strict=True)]
-        layers = []
-        for channels_in, channels_out, step in ((shape[0], inner, 1), (inner, inner, stride), (inner, last[0], 1)):
-            layers += [nn.Conv2d(channels_in, channels_out, step, step, bias=False)]
-            layers += [nn.BatchNorm2d(channels_out), nn.ReLU()]
+        layers = [*conv_norm(shape[0], inner, 1), nn.Conv2d(inner, inner, stride, stride, bias=False)]
+        layers += [nn.BatchNorm2d(inner), nn.ReLU(), *conv_norm(inner, last[0], 1)]
         self.bottleneck = nn.Sequential(*layers)
         self.fc = nn.Linear(last[0], num_classes)
 
@@ -45,11 +44,10 @@ class ExitNetwork(nn.Module):
     """A network's modules up to a tap and the head there; float images to logits (B, K).
 
     Args:
-        num_classes: K.
-        student: the whole network's name, as `build_network` takes it; student_args: its arguments.
+        num_classes, trust: see `build_network`.
+        student, student_args: the whole network's name, as `build_network` takes it, and its arguments.
         tap: dotted name of the module behind which the head stands.
         shape, last: of the map there and of the network's last one, (C, H, W).
-        trust: as `build_network` has it.
     """
 
     def __init__(

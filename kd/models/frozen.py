@@ -32,18 +32,16 @@ def freeze(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False)
 
 
-def freeze_all_but(network: nn.Module, head: str) -> nn.Module:
+def freeze_all_but(network: nn.Module, head: str) -> None:
     """Freeze every part of a network but the module called `head` (a dotted name) and the containers on its path."""
-    parts = head.split(".")
+    network.requires_grad_(False)
     module = network
-    for depth, part in enumerate(parts):
+    for part in head.split("."):
         for name, child in module.named_children():
             if name != part:
                 freeze(child)
-        module.requires_grad_(False) if depth == 0 else None
         module = module.get_submodule(part)
     module.requires_grad_(True)
-    return network
 
 
 def state_hash(module: nn.Module) -> str:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kd.models.cut import check_cut, last_map, map_shape, noise, up_to
+from kd.models.cifar import conv_norm
+from kd.models.cut import cut, last_map, noise, up_to
 from kd.models.frozen import freeze
+from kd.models.taps import watched
 from kd.models.torchvision_nets import head_name
 from kd.util.errors import UserError
 
@@ -23,15 +25,12 @@ class ReusedHead(nn.Module):
     code does; where it is smaller the loss must do so to the teacher's.
 
     Args:
-        num_classes: K.
-        student: the student's name, as `build_network` takes it.
-        student_args: its arguments.
-        student_tap: dotted name of the module that gives its last feature map.
-        student_map: the shape (C, H, W) of that map.
+        num_classes, trust: see `build_network`.
+        student, student_args: the student's name, as `build_network` takes it, and its arguments.
+        student_tap, student_map: dotted name of the module that gives its last feature map, and the shape (C, H, W).
         teacher_map: the shape of the map whose average the teacher's head takes.
         factor: the projector's inner convolution has the teacher's channels divided by this; of 2, 4 and 8, for which
             the authors report results, 2 is the best.
-        trust: see `build_network`.
     """
 
     def __init__(
@@ -50,10 +49,7 @@ class ReusedHead(nn.Module):
         super().__init__()
         (mine, *sides), (theirs, *wanted) = student_map, teacher_map
         inner = max(1, theirs // factor)
-        layers = []
-        for channels_in, channels_out, size in ((mine, inner, 1), (inner, inner, 3), (inner, theirs, 1)):
-            layers += [nn.Conv2d(channels_in, channels_out, size, padding=size // 2, bias=False)]
-            layers += [nn.BatchNorm2d(channels_out), nn.ReLU()]
+        layers = [*conv_norm(mine, inner, 1), *conv_norm(inner, inner, 3), *conv_norm(inner, theirs, 1)]
         self.body = up_to(build_network(student, num_classes, student_args, trust), student_tap)
         self.align = _align(sides, [min(pair) for pair in zip(sides, wanted, strict=True)])
         self.projector = nn.Sequential(*layers)
@@ -79,22 +75,17 @@ def averaged_map(teacher, image_shape: tuple[int, int, int]) -> list[int]:
     Raises:
         UserError: the head is no linear layer, or takes something else.
     """
-    head = teacher.network.get_submodule(head_name(teacher.network))
-    maps, taken = [], []
+    head, maps, taken = head_name(teacher.network), [], []
 
-    def note(_module, _inputs, output):
-        if isinstance(output, Tensor) and output.ndim == 4:
+    def note(name: str, inputs: tuple, output: Tensor) -> None:
+        if output.ndim == 4:
             maps.append((list(output.shape[1:]), output.mean((2, 3))))
+        if name == head:
+            taken.append(inputs[0])
 
-    modules = [module for module in teacher.network.modules() if module is not teacher.network]
-    handles = [module.register_forward_hook(note) for module in modules]
-    handles.append(head.register_forward_pre_hook(lambda _module, inputs: taken.append(inputs[0])))
-    try:
+    with watched(teacher.network, note):
         teacher.eval()(noise(image_shape).to(teacher.preprocess.scale.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    for shape, mean in maps if taken and isinstance(head, nn.Linear) else []:
+    for shape, mean in maps if taken and isinstance(teacher.network.get_submodule(head), nn.Linear) else []:
         if mean.shape == taken[0].shape and torch.allclose(mean, taken[0], 1e-3, 1e-5):
             return shape
     raise UserError(
@@ -118,27 +109,25 @@ def reuse_head(student, teacher, image_shape: tuple[int, int, int], tap: str | N
     from kd.models import Classifier, build_network
 
     teacher_map, name = averaged_map(teacher, image_shape), student.recipe["model"]
-    tap = tap or last_map(name, student.network)
+    tap = tap or last_map(student.network)
     if tap is None:
         raise UserError(
             f"ReusedHead: the last feature map of {name} is not known; name its module in tap "
             f"(python -m kd.models {name} lists them)"
         )
+    body, student_map = cut(student, tap, image_shape, "ReusedHead")
     model_args = {
         "student": name,
         "student_args": student.recipe["model_args"],
         "student_tap": tap,
-        "student_map": map_shape(student, tap, image_shape, "ReusedHead: tap"),
+        "student_map": student_map,
         "teacher_map": teacher_map,
     }
     network = build_network("reused_head", len(student.classes), model_args, trust=True)
-    state = student.network.state_dict()
-    network.body.load_state_dict({key: state[key] for key in network.body.state_dict()})
-    recipe = {"model": "reused_head", "model_args": model_args}
-    whole = Classifier(network, student.preprocess.view, student.classes, recipe)
-    check_cut(network.eval().body, student, tap, image_shape, "ReusedHead")
+    network.body.load_state_dict(body.state_dict())
     head = teacher.network.get_submodule(head_name(teacher.network))
     rows = [teacher.classes.index(known) for known in student.classes]
     network.fc.weight.copy_(head.weight[rows])
     network.fc.bias.copy_(0 if head.bias is None else head.bias[rows])
-    return whole.train()
+    recipe = {"model": "reused_head", "model_args": model_args}
+    return Classifier(network, student.preprocess.view, student.classes, recipe).train()

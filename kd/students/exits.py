@@ -33,19 +33,17 @@ class Exits(Learner):
 
     def setup(self, student: nn.Module, making: Making) -> None:
         from kd.models import Classifier
-        from kd.models.cut import check_cut, last_map, map_shape, up_to
+        from kd.models.cut import cut, last_map, map_of_noise
         from kd.models.exits import ExitHead, ExitNetwork
 
         shape, recipe = making.image_shape, student.recipe
-        self.last_tap = self.last_tap or last_map(recipe["model"], student.network)
+        self.last_tap = self.last_tap or last_map(student.network)
         if self.last_tap is None:
             raise UserError(f"Exits: the last map of {recipe['model']} is not known; name its module in last_tap")
         self.student, self.heads = student, nn.ModuleList()
-        last, kept = map_shape(student, self.last_tap, shape, "Exits: last_tap"), {"student": student}
+        last, kept = list(map_of_noise(student, self.last_tap, shape, "Exits").shape[1:]), {"student": student}
         for number, tap in enumerate(self.taps, 1):
-            mine = map_shape(student, tap, shape, "Exits: tap")
-            body = up_to(student.network, tap)
-            check_cut(body, student, tap, shape, "Exits")
+            body, mine = cut(student, tap, shape, "Exits")
             self.heads.append(ExitHead(mine, last, len(student.classes)))
             arguments = {"student": recipe["model"], "student_args": recipe["model_args"], "tap": tap}
             network = ExitNetwork.of(body, self.heads[-1])

@@ -12,8 +12,8 @@ from kd.measure import cost, metrics
 from kd.measure.predict import predict
 from kd.models import View, build_classifier, build_network, state_hash
 from kd.models.cifar10_resnets import CIFAR10_RESNETS
+from kd.models.cut import last_map
 from kd.models.fold import folded
-from kd.models.reused_head import last_map
 from kd.models.taps import tap_shapes
 from kd.run.config import DataConfig
 
@@ -28,7 +28,7 @@ def test_sizes_and_maps(depth):
     assert cost.num_params(network) == KNOWN[depth][0]
     shapes = tap_shapes(network, (3, 32, 32))
     assert [shapes[f"layer{number}"] for number in (1, 2, 3)] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
-    assert last_map(f"cifar10_resnet{depth}", network) == "layer3"
+    assert last_map(network) == "layer3"
     assert len(CIFAR10_RESNETS) == len(KNOWN)
 
 

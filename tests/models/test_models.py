@@ -23,7 +23,7 @@ from kd.models.cifar import CIFAR_NETS, SplitShuffle
 from kd.models.cifar10_resnets import CIFAR10_RESNETS
 from kd.models.dropout import KeyedDropout
 from kd.models.small import SMALL_NETS
-from kd.models.taps import Taps
+from kd.models.taps import tap
 from kd.models.torchvision_nets import head_name, names, replace_head
 from kd.util.errors import UserError
 
@@ -77,10 +77,9 @@ CIFAR_SIZES = {
 
 def outputs_of(network, names, images):
     """The logits and the outputs of some modules."""
-    taps = Taps(network)
-    taps.add(names, "network")
-    logits = network(images)
-    return logits, taps.take()
+    features = {}
+    tap(network, names, features, "network")
+    return network(images), features
 
 
 def unsettle(network):

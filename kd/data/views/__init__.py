@@ -11,7 +11,7 @@ from kd import keyed
 from kd.data.views.augment import augment, shifts
 from kd.data.views.colour import color_jitter, draw_jitter
 from kd.data.views.crop import draw_crops, draw_erased, erase, resized_crop
-from kd.data.views.mixes import draw_mixes, mix, partners
+from kd.data.views.mixes import draw_mixes, mix
 from kd.data.views.trivial import draw_trivial, trivial_augment
 from kd.keyed import Purpose
 
@@ -113,10 +113,6 @@ class Views:
             images = erase(images, draw_erased(keys, tuple(size), self.random_erasing), self._fill(images.shape[1]))
         return images
 
-    def partners(self, keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """With whom each image is mixed: a position below `count`, and the key of that one's view; both int64 (B,)."""
-        return partners(keys, count)
-
     def mix(self, images: Tensor, others: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """The mixed views uint8 (B, C, H, W), and the images' own shares in them, float64 (B,)."""
         shares, rectangles = draw_mixes(keys, tuple(images.shape[2:]), self.mixup, self.cutmix)
@@ -129,22 +125,16 @@ class Views:
 
     def words(self) -> str:
         """The views in words."""
-        parts = []
-        if self.random_resized_crop:
-            parts.append(f"random crops of {self.random_resized_crop:.0%} to 100 % of the area, resized")
-        if self.flip:
-            parts.append("flips left-right")
-        if self.pad_crop:
-            parts.append(f"crops after padding by {self.pad_crop}")
-        if self.color_jitter:
-            parts.append("colour jitter " + "/".join(f"{value:g}" for value in self.color_jitter))
-        if self.trivial_augment:
-            parts.append("TrivialAugment")
-        if self.random_erasing:
-            parts.append(f"a rectangle erased in {self.random_erasing:.0%} of the images")
-        parts += [
-            f"{name} (alpha {value:g})" for name, value in (("mixup", self.mixup), ("CutMix", self.cutmix)) if value
-        ]
-        if not self.views_per_image:
-            return ", ".join(parts) or "as stored"
-        return f"{', '.join(parts)}; {self.views_per_image} of them per image, in turn"
+        jitter = "/".join(f"{value:g}" for value in self.color_jitter)
+        parts = (
+            (self.random_resized_crop, f"random crops of {self.random_resized_crop:.0%} to 100 % of the area, resized"),
+            (self.flip, "flips left-right"),
+            (self.pad_crop, f"crops after padding by {self.pad_crop}"),
+            (self.color_jitter, f"colour jitter {jitter}"),
+            (self.trivial_augment, "TrivialAugment"),
+            (self.random_erasing, f"a rectangle erased in {self.random_erasing:.0%} of the images"),
+            (self.mixup, f"mixup (alpha {self.mixup:g})"),
+            (self.cutmix, f"CutMix (alpha {self.cutmix:g})"),
+        )
+        words = ", ".join(text for drawn, text in parts if drawn) or "as stored"
+        return f"{words}; {self.views_per_image} of them per image, in turn" if self.views_per_image else words

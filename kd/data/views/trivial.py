@@ -7,6 +7,7 @@ One of 14 operations an image, drawn uniformly, at one of 31 strengths, drawn un
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,29 +37,20 @@ def affine(images: Tensor, matrices: Tensor) -> Tensor:
     return images.flatten(2).gather(2, places).view_as(images) * inside[:, None]
 
 
-def _matrix(*numbers: Tensor | float) -> Tensor:
-    length = max(len(number) for number in numbers if isinstance(number, Tensor))
-    return torch.stack([torch.as_tensor(number, dtype=torch.double).expand(length) for number in numbers], dim=1)
+def _affine(matrix: Callable[[Tensor], tuple]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The operation of images and amounts (B,) whose numbers a to f are a function of the amounts."""
+
+    def operation(images: Tensor, amounts: Tensor) -> Tensor:
+        numbers = (torch.as_tensor(number, dtype=torch.double).expand(len(amounts)) for number in matrix(amounts))
+        return affine(images, torch.stack(list(numbers), dim=1))
+
+    return operation
 
 
-def shear_x(images: Tensor, amounts: Tensor) -> Tensor:
-    """Rows moved to the left by `amounts` (B,) times their distance from the top."""
-    return affine(images, _matrix(1.0, amounts, 0.0, 0.0, 1.0, 0.0))
-
-
-def shear_y(images: Tensor, amounts: Tensor) -> Tensor:
-    """Columns moved up by `amounts` (B,) times their distance from the left."""
-    return affine(images, _matrix(1.0, 0.0, 0.0, amounts, 1.0, 0.0))
-
-
-def translate_x(images: Tensor, amounts: Tensor) -> Tensor:
-    """Moved to the right by so many whole pixels (B,)."""
-    return affine(images, _matrix(1.0, 0.0, -amounts.trunc(), 0.0, 1.0, 0.0))
-
-
-def translate_y(images: Tensor, amounts: Tensor) -> Tensor:
-    """Moved down by so many whole pixels (B,)."""
-    return affine(images, _matrix(1.0, 0.0, 0.0, 0.0, 1.0, -amounts.trunc()))
+shear_x = _affine(lambda amounts: (1, amounts, 0, 0, 1, 0))  # rows to the left, by so much of their distance from above
+shear_y = _affine(lambda amounts: (1, 0, 0, amounts, 1, 0))
+translate_x = _affine(lambda amounts: (1, 0, -amounts.trunc(), 0, 1, 0))  # to the right by whole pixels
+translate_y = _affine(lambda amounts: (1, 0, 0, 0, 1, -amounts.trunc()))
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
@@ -66,7 +58,8 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     angle = -degrees.double() * (math.pi / 180)
     cos, sin = angle.cos(), angle.sin()
     x, y = images.shape[3] / 2, images.shape[2] / 2
-    return affine(images, _matrix(cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y))
+    matrix = cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y
+    return affine(images, torch.stack(matrix, dim=1))
 
 
 def look_up(images: Tensor, tables: Tensor) -> Tensor:
@@ -111,15 +104,10 @@ def equalize(images: Tensor, _amounts: Tensor) -> Tensor:
     return look_up(images, torch.where(step > 0, table, torch.arange(256, device=images.device)))
 
 
-def identity(images: Tensor, _amounts: Tensor) -> Tensor:
-    """Nothing."""
-    return images
-
-
 _STRENGTH = torch.arange(BINS, dtype=torch.double) / (BINS - 1)
 # operation, its strengths, whether the sign is drawn, what they are added to
 _SPACE = (
-    (identity, 0 * _STRENGTH, False, 0),
+    (lambda images, _amounts: images, 0 * _STRENGTH, False, 0),
     (shear_x, 0.99 * _STRENGTH, True, 0),
     (shear_y, 0.99 * _STRENGTH, True, 0),
     (translate_x, 32 * _STRENGTH, True, 0),
