@@ -20,7 +20,6 @@ def main(argv: list[str] | None = None) -> int:
 
     from accelerate import Accelerator  # --help needs none of these
 
-    from kd.data import cache_dir
     from kd.measure.compare import compare, find_baseline
     from kd.measure.evaluation import Evaluator
     from kd.report import write_report
@@ -64,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
                 write_atomic(Path(config.json), to_json(content(results, groups)))
                 say(f"wrote {config.json}")
             if config.report:
-                files = write_report(Path(config.report), results, groups, cache_dir(config))
+                files = write_report(Path(config.report), results, groups)
                 say(f"wrote {config.report}/: {', '.join(file.name for file in files)}")
         if config.format in ("table", "markdown") and verdicts(groups):
             print("", in_terminal("\n".join(verdicts(groups))), sep="\n", flush=True)

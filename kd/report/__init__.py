@@ -28,12 +28,8 @@ SOFT_IMAGES, SOFT_CLASSES = 4, 4
 SURE = 0.8  # how sure a teacher is of the images whose soft targets are shown, as nearly as there are any
 
 
-def write_report(folder: Path, results: list[Measured], groups: list[dict], cache: Path) -> list[Path]:
-    """Write index.html, results.json, report.md and accuracy_vs_cost.png; returns the files.
-
-    Args:
-        cache: the folder where the results' images are kept, see `kd.data.cache_dir`.
-    """
+def write_report(folder: Path, results: list[Measured], groups: list[dict]) -> list[Path]:
+    """Write index.html, results.json, report.md and accuracy_vs_cost.png; returns the files."""
     from kd.report import plots
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +46,7 @@ def write_report(folder: Path, results: list[Measured], groups: list[dict], cach
         student = known[part["run"]]
         for image in part["images"]:
             pictures[part["run"], image["image"]] = _picture(student.view, image["image"])
-            image["file"] = _file_name(student, image["image"], cache)
+            image["file"] = _file_name(student, image["image"])
     files = {
         "index.html": report_page(said, records, pictures),
         "results.json": to_json(said),
@@ -143,14 +139,13 @@ def _soften(logits: Tensor, classes: list[str], temperatures: list[float]) -> di
     return {"classes": [classes[i] for i in top.tolist()], "probabilities": rows}
 
 
-def _file_name(result: Measured, place: int, cache: Path) -> str | None:
+def _file_name(result: Measured, place: int) -> str | None:
     """An image's file below its source's folder, or its row there; None where images are no files, or some were left
     out."""
     row, store = result.row, result.view.store
     if not Path(row["source"]).expanduser().is_dir():
         return None
-    columns = (row["config"]["data"].get(key) for key in ("image_column", "label_column"))
-    splits = _raw_splits(row["source"], cache, *columns)
+    splits = _raw_splits(row["source"], *(row["config"]["data"].get(key) for key in ("image_column", "label_column")))
     raw, where = splits.get(row["split"], splits["train"]), int(result.view.places[place])
     if not np.array_equal(raw.labels, store.labels):
         return None
@@ -158,8 +153,8 @@ def _file_name(result: Measured, place: int, cache: Path) -> str | None:
 
 
 @functools.cache
-def _raw_splits(source: str, cache: Path, image_column: str | None, label_column: str | None) -> dict[str, RawSplit]:
-    return find_source(source, cache, cache / "downloads", image_column, label_column).open()[1]
+def _raw_splits(source: str, image_column: str | None, label_column: str | None) -> dict[str, RawSplit]:
+    return find_source(source, Path(), image_column, label_column).open()[1]
 
 
 def _picture(view, place: int) -> str:

@@ -527,23 +527,3 @@ def test_print_shows_the_numbers_and_cuts_nothing_off(browser, report, tmp_path)
     browser.send("Emulation.setEmulatedMedia", media="")
     assert hidden == 0
     assert wide == []
-
-
-def test_an_image_of_parquet_files_is_named_by_its_row_whatever_its_columns_are_called(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    folder, here = tmp_path / "tables", tmp_path / "here"
-    folder.mkdir()
-    here.mkdir()
-    monkeypatch.chdir(here)
-    kinds = {name: datasets.ClassLabel(names=["cat", "dog"]) for name in ("kind", "other")}
-    features = datasets.Features({"picture": datasets.Image(), **kinds})
-    for split in ("train", "test"):
-        columns = {"picture": [Image.new("L", (6, 5), shade) for shade in range(4)], "kind": [0, 1, 0, 1]}
-        rows = datasets.Dataset.from_dict({**columns, "other": [1, 1, 0, 0]}, features=features)
-        rows.to_parquet(folder / f"{split}-0.parquet")
-    settings = {"image_column": "picture", "label_column": "kind"}
-    config = DataConfig(source=str(folder), val_fraction=0, cache_dir=str(tmp_path / "cache"), **settings)
-    row = {"source": str(folder), "split": "test", "config": {"data": settings}}
-    result = SimpleNamespace(row=row, view=load_data(config).test)
-    assert kd.report._file_name(result, 2, tmp_path / "cache") == f"{folder} test row 2"
-    assert list(here.iterdir()) == []  # what is kept of the source is in the cache
