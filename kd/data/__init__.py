@@ -24,10 +24,9 @@ from kd.util.errors import UserError, say
 from kd.util.mapped import announce
 
 
-def cache_dir(config) -> Path:
-    """Where stores, tables and downloads go: `cache_dir` of a `kd.run.config.DataConfig`, else $KD_CACHE, else
-    ~/.cache/kd."""
-    return Path(config.cache_dir or os.environ.get("KD_CACHE", "~/.cache/kd")).expanduser()
+def cache_folder(cache_dir: str | None) -> Path:
+    """Where stores and downloads go: data.cache_dir, else $KD_CACHE, else ~/.cache/kd."""
+    return Path(cache_dir or os.environ.get("KD_CACHE", "~/.cache/kd")).expanduser()
 
 
 Columns = dict[str, Tensor]  # of a batch, by name: `image` uint8 (B, C, H, W), and others
@@ -180,12 +179,12 @@ def load_data(config, download: bool = True, size: tuple[int, int] | None = None
     Raises:
         UserError: the source cannot be read, has one class, or is too small for the splits.
     """
-    cache, downloads = cache_dir(config), config.download_dir
-    downloads = Path(downloads).expanduser() if downloads else cache / "downloads"
-    source = find_source(config.source, cache, downloads, config.image_column, config.label_column, download)
+    cache_dir = cache_folder(config.cache_dir)
+    download_dir = Path(config.download_dir).expanduser() if config.download_dir else cache_dir / "downloads"
+    source = find_source(config.source, cache_dir, download_dir, config.image_column, config.label_column, download)
     channels, side = config.store_channels or config.channels, config.store_size or config.resize
     recipe = Recipe(channels, side, config.skip_unreadable, size)
-    classes, stores = open_stores(source, recipe, cache, config.store, config.num_workers)
+    classes, stores = open_stores(source, recipe, cache_dir, config.store, config.num_workers)
     _check(config, classes, stores)
     given = {name: Split(store, np.arange(len(store))) for name, store in stores.items()}
     test, val, train, places = given.get("test"), given.get("val"), stores["train"], given["train"].places
