@@ -125,18 +125,11 @@ def _open_digits():
 def _open_torchvision(source: str, root: Path, download: bool):
     import torchvision.datasets as sets
 
-    where = {
-        "mnist": (
-            sets.MNIST,
-            "MNIST/raw",
-            "train-images-idx3-ubyte.gz and the three files beside it",
-            sets.MNIST.mirrors[-1],
-        ),
-        "cifar10": (sets.CIFAR10, "", sets.CIFAR10.filename, sets.CIFAR10.url),
-        "cifar100": (sets.CIFAR100, "", sets.CIFAR100.filename, sets.CIFAR100.url),
-        "stl10": (sets.STL10, "", sets.STL10.filename, sets.STL10.url),
-    }
-    builder, subfolder, file, url = where[source]
+    builder = getattr(sets, source.upper())
+    if source == "mnist":
+        archive, place = "train-images-idx3-ubyte.gz and the three files beside it", root / "MNIST/raw"
+    else:
+        archive, place = builder.filename, root
     root.mkdir(parents=True, exist_ok=True)
     parts, unfinished = {}, _unfinished(source, root)
     with locked(root / f"{source}.lock"):  # one process downloads, the others wait and find it there
@@ -155,9 +148,10 @@ def _open_torchvision(source: str, root: Path, download: bool):
                     unfinished.touch()
                     parts[split] = builder(root, **argument, download=True)
             except (OSError, RuntimeError) as error:
+                url = builder.mirrors[-1] if source == "mnist" else builder.url
                 raise UserError(
-                    f"cannot download {source} ({' '.join(str(error).split())[:120]}); get {file} from {url}, put it "
-                    f"in {root / subfolder} and run the same command, or set data.download_dir to a folder that has it"
+                    f"cannot download {source} ({' '.join(str(error).split())[:120]}); get {archive} from {url}, put "
+                    f"it in {place} and run the same command, or set data.download_dir to a folder that has it"
                 ) from None
         unfinished.unlink(missing_ok=True)
     splits = {}

@@ -17,6 +17,7 @@ from conftest import SHARED
 from kd.data import load_data
 from kd.data.sources import find_source
 from kd.run.config import DataConfig
+from kd.util.errors import UserError
 
 
 def pixels(*shape) -> np.ndarray:
@@ -116,6 +117,21 @@ class SlowDownload:
 def _download(folder):
     sets.CIFAR10 = SlowDownload
     find_source("cifar10", Path(folder) / "cache", Path(folder)).open()
+
+
+def test_what_cannot_be_downloaded_after_half_a_download_is_named(tmp_path, monkeypatch):
+    class Unreachable(SlowDownload):
+        def __init__(self, root, train, download):
+            raise RuntimeError("no network")
+
+    monkeypatch.setattr(sets, "CIFAR10", Unreachable)
+    left = tmp_path / "cifar-10-batches-py" / "data_batch_1"
+    left.parent.mkdir()
+    left.touch()
+    (tmp_path / ".cifar10.unfinished").touch()
+    with pytest.raises(UserError, match=rf"\(no network\); get archive from address, put it in {tmp_path} and run"):
+        load("cifar10", tmp_path)
+    assert not left.exists()
 
 
 @pytest.mark.slow
