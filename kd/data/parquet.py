@@ -149,13 +149,11 @@ def _label_column(features, asked: str | None, source: str) -> str:
     """The column of labels: of ClassLabels, else of integers or strings that has a usual name or is asked for."""
     import datasets
 
-    plain = [name for name, feature in features.items() if _PLAIN.fullmatch(getattr(feature, "dtype", ""))]
-    if not any(isinstance(feature, datasets.ClassLabel) for feature in features.values()):
-        plain = [name for name in (asked, "label", "labels", "fine_label") if name in plain]
-    else:
-        plain = [name for name in plain if name == asked and not isinstance(features[name], datasets.ClassLabel)]
-    if plain:
-        return plain[0]
+    named = any(isinstance(feature, datasets.ClassLabel) for feature in features.values())
+    for name in (asked,) if named else (asked, "label", "labels", "fine_label"):
+        feature = features.get(name)
+        if not isinstance(feature, datasets.ClassLabel) and _PLAIN.fullmatch(getattr(feature, "dtype", "")):
+            return name
     return _column(features, datasets.ClassLabel, asked, "label_column", ("label", "fine_label"), source)
 
 

@@ -175,29 +175,23 @@ def _open_folder(folder: Path, files: list[tuple[str, ...]], notes: list[str]):
         raise UserError(
             f"data.source {str(folder)!r} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no Parquet files"
         )
-    if not split_names:
-        if any(len(parts) != 2 for parts in files):
-            raise UserError(
-                f"data.source {str(folder)!r} has no train split (found: {', '.join(folders) or 'no folder'}); "
-                f"it needs train/CLASS/IMAGE and test/ or val/, or CLASS/IMAGE without splits"
-            )
+    if split_names:
+        roots = canonical({name: folder / name for name in split_names}, str(folder), notes)
+    elif all(len(parts) == 2 for parts in files):
         notes.append(f"{folder} has no split folders; all its images are read as train")
         roots = {"train": folder}
-        found = {"train": _by_class(folder, files)}
     else:
-        roots = canonical({name: folder / name for name in split_names}, str(folder), notes)
-        parts_of: dict[str, list] = {root.name: [] for root in roots.values()}
-        for parts in files:
-            if parts[0] in parts_of:
-                parts_of[parts[0]].append(parts[1:])
-        found = {split: _by_class(root, parts_of[root.name]) for split, root in roots.items()}
+        raise UserError(
+            f"data.source {str(folder)!r} has no train split (found: {', '.join(folders) or 'no folder'}); "
+            f"it needs train/CLASS/IMAGE and test/ or val/, or CLASS/IMAGE without splits"
+        )
+    found = {split: _by_class(root.relative_to(folder).parts, folder, files) for split, root in roots.items()}
     classes = sorted(found["train"])
     if not classes:
         raise UserError(f"data.source {str(folder)!r}: {roots['train']} holds no images; it should hold CLASS/IMAGE")
-    for name in classes:
+    for name in _folders(roots["train"]):
         if shown(name) != name:
             raise UserError(f"class folder {shown(roots['train'] / name)!r} has a name that is not UTF-8; rename it")
-    for name in _folders(roots["train"]):
         if name not in classes:
             raise UserError(
                 f"data.source {str(folder)!r}: class folder {roots['train'] / name} holds no images; "
@@ -218,10 +212,10 @@ def _folders(folder: Path) -> list[str]:
     return sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
-def _by_class(root: Path, files: list[tuple[str, ...]]) -> dict[str, list[str]]:
-    """Paths of the images below each class folder of a split's folder, in the order of `files`."""
+def _by_class(above: tuple[str, ...], folder: Path, files: list[tuple[str, ...]]) -> dict[str, list[str]]:
+    """Paths of the images below each class folder of the split `above`, in the order of `files`."""
     found: dict[str, list[str]] = {}
     for parts in files:
-        if len(parts) > 1:
-            found.setdefault(parts[0], []).append(os.path.join(root, *parts))
+        if parts[: len(above)] == above and len(parts) > len(above) + 1:
+            found.setdefault(parts[len(above)], []).append(os.path.join(folder, *parts))
     return found
