@@ -35,13 +35,11 @@ _NOISE = keyed.key(0, keyed.Purpose.CORRUPTION)
 
 
 def corrupt(images: Tensor, index: Tensor, name: str, severity: int) -> Tensor:
-    """Corrupted images, uint8 as they were.
+    """Corrupted images uint8 (B, C, H, W), on the CPU: there all are computed, in float64, to be the same everywhere.
 
     Args:
-        images: uint8 (B, C, H, W), on the CPU: there all of them are computed, in float64, to be the same everywhere.
         index: int64 (B,), their places in the data.
-        name: one of `STRENGTHS`.
-        severity: 1 to 5.
+        name, severity: one of `STRENGTHS`, and 1 to 5.
     """
     strength = STRENGTHS[name][severity - 1]
     if name == "jpeg":

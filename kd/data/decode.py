@@ -39,11 +39,8 @@ def _opened(image):
 
 
 def image_size(image) -> tuple[int, int]:
-    """(H, W) that an image of a path or of bytes will have, from its head alone unless it is turned.
-
-    Raises:
-        UnreadableImage: its head cannot be read.
-    """
+    """(H, W) that an image of a path or of bytes will have, from its head alone unless it is turned; raises
+    UnreadableImage where that cannot be read."""
     with _opened(image) as opened:
         upright = opened.getexif().get(0x0112, 1) == 1  # the tag of orientation, EXIF 2.32
         return (opened if upright else ImageOps.exif_transpose(opened)).size[::-1]
@@ -108,13 +105,12 @@ def read_image(image, channels: int, size: tuple[int, int] | None = None, fit: b
         fit: False to refuse an image of another size instead.
 
     Raises:
-        UnreadableImage: it cannot be decoded.
-        OtherSize: it is not `size` and `fit` is False.
+        UnreadableImage, OtherSize: it cannot be decoded, or is not `size` and `fit` is False.
     """
     picture = open_image(image).convert("RGB" if channels == 3 else "L")
-    if size is not None and picture.size != (size[1], size[0]):
+    if size is not None and picture.size != size[::-1]:
         if not fit:
             raise OtherSize(f"{picture.size[0]}x{picture.size[1]}")
-        picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BILINEAR)
+        picture = ImageOps.fit(picture, size[::-1], Image.Resampling.BILINEAR)
     pixels = np.asarray(picture)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

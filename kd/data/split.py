@@ -9,14 +9,8 @@ from kd import keyed
 
 
 def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
-    """All places, ordered so that every prefix is as class-balanced as it can be; random within a class by seed.
-
-    Args:
-        labels: int64 (N,).
-
-    Returns:
-        int64 (N,), a permutation of range(N).
-    """
+    """All places of labels (N,) as int64 (N,), so that every prefix is as class-balanced as it can be; random within a
+    class by seed."""
     shuffled = keyed.permutation(keyed.key(seed), len(labels)).numpy()
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     counts = np.bincount(labels)

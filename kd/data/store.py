@@ -53,11 +53,7 @@ class Store:
 
 
 def open_stores(
-    source: Source,
-    recipe: Recipe,
-    cache_dir: Path,
-    mode: str = "auto",
-    workers: int | None = None,
+    source: Source, recipe: Recipe, cache_dir: Path, mode: str, workers: int | None
 ) -> tuple[list[str], dict[str, Store]]:
     """Class names and the splits of a source; stored ones are built if they are not on disk yet.
 
@@ -65,8 +61,8 @@ def open_stores(
     pixels (shorter side resized, centre cropped), or all to the size that the recipe states.
 
     Args:
-        mode: `disk` to store the images, `stream` to decode them at each read, `auto` to stream if they
-            would take more than `SHARE_OF_DISK` of the free disk.
+        mode: `disk` to store the images, `stream` to decode them at each read, `auto` to stream if they would take more
+            than `SHARE_OF_DISK` of the free disk.
         workers: processes that decode ahead when streaming; None for this process's share of the cores.
 
     Raises:
@@ -94,7 +90,7 @@ def open_stores(
         if source.decoded:
             build(native, classes, splits, recipe, None, source.notes)
             return _of_size(_read(native), recipe)
-        make = partial(_make, native, source, classes, splits, recipe, mode)
+        make = partial(_make, native, source, (classes, splits), recipe, mode)
         try:
             folder, size = native, size_of_first(splits, recipe)
             why, bad = make(native, size, fit=False)
@@ -134,15 +130,7 @@ def _of_size(found: tuple[list[str], dict[str, Store]], recipe: Recipe) -> tuple
 
 
 def _make(
-    native: Path,
-    source: Source,
-    classes: list[str],
-    splits: dict[str, RawSplit],
-    recipe: Recipe,
-    mode: str,
-    folder: Path,
-    size: tuple[int, int],
-    fit: bool,
+    native: Path, source: Source, opened, recipe: Recipe, mode: str, folder: Path, size: tuple[int, int], fit: bool
 ) -> tuple[str, dict[str, list]]:
     """Build a store of images that have one size (H, W), or are brought to it.
 
@@ -152,6 +140,7 @@ def _make(
     Raises:
         OtherSize: images differ in size and are not to be brought to one.
     """
+    classes, splits = opened
     needed = sum(len(split.labels) for split in splits.values()) * recipe.channels * size[0] * size[1]
     room = SHARE_OF_DISK * shutil.disk_usage(folder.parent).free
     if mode == "disk" or (mode == "auto" and needed <= room):
@@ -170,11 +159,7 @@ def _make(
 def _streamed(
     splits: dict[str, RawSplit], recipe: Recipe, bad: dict, size, folder: Path, fit: bool, workers: int
 ) -> dict[str, Store]:
-    """Splits whose images are decoded when they are needed, without the unreadable ones.
-
-    Raises:
-        UserError: a split has no readable image.
-    """
+    """Splits whose images are decoded when they are needed, without the unreadable ones."""
     stores = {}
     for name, split in splits.items():
         kept = np.delete(np.arange(len(split.labels)), [place for place, _ in bad.get(name, [])])

@@ -63,9 +63,6 @@ def in_workers(function: Callable, arguments: Iterable, workers: int, pin: bool 
         arguments: may have no end; they are drawn as they are needed, in this process.
         workers: 0 to call the function here instead.
         pin: whether tensors come in page-locked memory, for a GPU.
-
-    Raises:
-        UserError, OtherSize: the function raised it.
     """
     if workers == 0:
         yield from map(function, arguments)
@@ -97,10 +94,8 @@ def in_workers(function: Callable, arguments: Iterable, workers: int, pin: bool 
 
 
 def ahead(function: Callable, arguments: Iterable) -> Iterator:
-    """`function(argument)` for each, in order, by a thread that is ahead of who takes the results.
-
-    For what lets other threads run: copies of memory and reads of files.
-    """
+    """`function(argument)` for each, in order, by a thread that is ahead of who takes the results: for what lets other
+    threads run, as copies of memory and reads of files do."""
     with ThreadPoolExecutor(1) as thread:
         waiting: deque = deque()
         for argument in arguments:

@@ -46,13 +46,12 @@ BACKBONE = "backbone.features"  # the column of what a frozen backbone gives
 class Classifier(nn.Module):
     """A network that knows its class names and how its images are prepared.
 
-    Args:
-        network: float images (B, C, H, W) to logits (B, K).
-        view: the preprocessing.
-        classes: K names.
-        recipe: `{"model": name, "model_args": {...}}`, what `build_network` needs to make the network again.
-
     Calling it maps uint8 images (B, C, H, W) to logits (B, K).
+
+    Args:
+        network: float images (B, C, H, W), prepared by `view`, to logits (B, K).
+        classes: K names.
+        recipe: `{"model": name, "model_args": {...}}`, by which `build_network` rebuilds the network.
     """
 
     def __init__(self, network: nn.Module, view: View, classes: Sequence[str], recipe: dict):
@@ -113,7 +112,6 @@ class Classifier(nn.Module):
         Args:
             images: files, PIL images, arrays (H, W) or (H, W, C), of any sizes; for arrays that are not uint8 see
                 `kd.data.decode.eight_bits`.
-            top: how many classes to return for each.
 
         Returns:
             For each image a list of `top` pairs (class name, probability).
@@ -149,7 +147,7 @@ class Classifier(nn.Module):
         return twin.eval()
 
     def files(self) -> dict[str, bytes]:
-        """The content of `model.safetensors` and `config.json`, from which `load_classifier` makes it again."""
+        """The content of `model.safetensors` and `config.json`, from which `load_classifier` rebuilds it."""
         weights = safetensors.torch.save(savable(self.network.state_dict()), metadata={"format": "pt"})
         config = {
             **self.recipe,
@@ -171,8 +169,7 @@ def build_network(name: str, num_classes: int, model_args: dict | None = None, t
 
     Args:
         name: one of `model_names()`, or the import path of your own function or class taking `num_classes`.
-        num_classes: K.
-        model_args: further keyword arguments of the network.
+        num_classes, model_args: K, and further keyword arguments of the network.
         trust: whether an import path, here or in the arguments, may be run: it came from the user, not from a file.
 
     Raises:
@@ -264,7 +261,7 @@ def read_weights(name: str, weights: str) -> dict[str, Tensor]:
     Raises:
         UserError: there is none, it is damaged, or holds more than tensors.
     """
-    path = Path(weights)
+    path, remedy = Path(weights), "save network.state_dict() alone"
     if path.suffix not in (".safetensors", ".pth", ".pt", ".bin") and _of_torchvision(name):
         return torchvision_nets.download_weights(torchvision_nets.pretrained(name, weights))
     if not path.is_file():
@@ -276,7 +273,7 @@ def read_weights(name: str, weights: str) -> dict[str, Tensor]:
     except pickle.UnpicklingError:
         raise UserError(
             f"weights {weights!r} cannot be read: damaged, or with objects in it that could run code, which are not "
-            f"loaded; save network.state_dict() alone"
+            f"loaded; {remedy}"
         ) from None
     except Exception as error:  # many kinds, by format and by damage; all mean the same to the user
         raise UserError(f"weights {weights!r} cannot be read: {' '.join(str(error).split())[:200]}") from None
@@ -285,9 +282,7 @@ def read_weights(name: str, weights: str) -> dict[str, Tensor]:
         state = state[held[0]] if held else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         held = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else type(state).__name__
-        raise UserError(
-            f"weights {weights!r} hold no state dict of tensors but {held}; save network.state_dict() alone"
-        )
+        raise UserError(f"weights {weights!r} hold no state dict of tensors but {held}; {remedy}")
     for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
@@ -324,31 +319,29 @@ def view_of(run: str | Path) -> View:
     Raises:
         UserError: there is no such run, or its config.json is damaged.
     """
-    if not (Path(run) / "config.json").is_file():
-        raise _no_run(Path(run))
     try:
-        return View(**read_network(Path(run))["preprocess"])
+        return View(**_config_of(Path(run))["preprocess"])
     except (ValueError, TypeError) as error:
         raise UserError(f"run {str(run)!r} is damaged: config.json: {str(error)[:200]}") from None
 
 
-def _no_run(folder: Path) -> UserError:
+def _config_of(folder: Path, *needed: str) -> dict:
+    """A run's config.json, where that and the other files are there."""
     if not folder.is_dir():
-        return UserError(f"run {str(folder)!r}: there is no such folder; train it first, or correct the path")
-    known = (folder / "config.yaml").is_file()
-    what = "is not finished; run its command again to resume it" if known else "is no run folder (no config.json)"
-    return UserError(f"run {str(folder)!r} {what}")
+        raise UserError(f"run {str(folder)!r}: there is no such folder; train it first, or correct the path")
+    if not all((folder / name).is_file() for name in ("config.json", *needed)):
+        known = (folder / "config.yaml").is_file()
+        what = "is not finished; run its command again to resume it" if known else "is no run folder (no config.json)"
+        raise UserError(f"run {str(folder)!r} {what}")
+    return read_network(folder)
 
 
 def load_classifier(run: str | Path, device: str | torch.device = "cpu", trust: bool = False) -> Classifier:
     """The network of a finished run, in eval mode; see `kd.load`."""
     folder = Path(run)
-    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
-    if not config_file.is_file() or not weights_file.is_file():
-        raise _no_run(folder)
-    config = read_network(folder)
+    config = _config_of(folder, "model.safetensors")
     try:
-        weights = weights_file.read_bytes()
+        weights = (folder / "model.safetensors").read_bytes()
         if hashlib.sha256(weights).hexdigest() != config["sha256"]:
             raise ValueError("model.safetensors does not have the checksum that config.json states")
         state = safetensors.torch.load(weights)

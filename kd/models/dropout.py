@@ -30,10 +30,8 @@ class KeyedDropout(nn.Dropout):
         if self.keys is None or len(self.keys) != len(x):
             return F.dropout(x, self.p)
         # Four draws of 16 bits from each hash: hashing is most of what this costs.
-        numel = x[0].numel()
-        first = self.layer << 32
-        place = torch.arange(first, first - (-numel // 4), device=x.device)
-        hashes = keyed.keys(self.keys[:, None], place)
+        numel, first = x[0].numel(), self.layer << 32
+        hashes = keyed.keys(self.keys[:, None], torch.arange(first, first - (-numel // 4), device=x.device))
         draws = hashes.view(torch.int16)[:, :numel].view(x.shape)
         kept = draws >= round(self.p * 2**16) - 2**15
         return x * (kept * (1 / (1 - self.p))).to(x.dtype)

@@ -19,8 +19,7 @@ class ExitHead(nn.Module):
     1x1 convolution, each with batch norm and ReLU.
 
     Args:
-        shape: (C, H, W) of the map.
-        last: (C, H, W) of the network's last map.
+        shape, last: (C, H, W) of the map and of the network's last one.
         num_classes: K.
         factor: the convolutions inside have the last map's channels divided by this.
     """

@@ -22,10 +22,8 @@ def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """Take the gradients from a module for good and keep it in eval mode through every later `train()` of any parent.
-
-    Returns the same module.
-    """
+    """Take the gradients from a module for good and keep it in eval mode through every later `train()` of any parent;
+    returns the module."""
     module.eval()
     for part in module.modules():
         part.train = MethodType(_stay_in_eval, part)
@@ -57,10 +55,9 @@ def state_hash(module: nn.Module) -> str:
 def code_hash(module: nn.Module) -> str:
     """SHA-256 of the files that define a user's own classes in a network, those outside torch, torchvision and kd; of
     what these files import nothing is known."""
-    names = {type(part).__module__ for part in module.modules()}
-    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names}
     digest = hashlib.sha256()
-    for name, file in sorted(files.items()):
+    for name in sorted({type(part).__module__ for part in module.modules()}):
+        file = getattr(sys.modules.get(name), "__file__", None)
         if file and name.partition(".")[0] not in ("torch", "torchvision", "kd"):
             digest.update(f"{name} {file_sha256(Path(file))}".encode())
     return digest.hexdigest()

@@ -20,9 +20,7 @@ NOT_OWN = {"torch", "torchvision", *sys.stdlib_module_names}
 def import_builder(path: str, trust: bool) -> Callable[..., nn.Module]:
     """The class or function of the user's own that an import path names; prints the file when it is first run.
 
-    Args:
-        path: such as `my_package.MyNet`.
-        trust: whether the user gave the path or vouched for the file that holds it; otherwise nothing is imported.
+    Nothing is imported unless `trust`: the user gave the path or vouched for the file that holds it.
 
     Raises:
         UserError: it may not be run, cannot be imported, or is no network.

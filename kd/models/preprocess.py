@@ -20,8 +20,8 @@ class View:
     """What is done to an image before a network sees it; travels with the network in its `config.json`.
 
     Args:
-        resize: the shorter side in pixels after an antialiased bilinear resize; None leaves the size.
-        crop: side in pixels of the centre crop; None crops nothing.
+        resize, crop: the shorter side in pixels after an antialiased bilinear resize, and the side of the centre crop;
+            None for none.
         channels: 3 (grey is repeated) or 1 (colour becomes luminance, ITU-R 601).
         mean, std: a number a channel, on the scale 0..1.
         source_size: (H, W) of the training images before resizing: images of other sizes are brought to it first.
@@ -95,9 +95,8 @@ class Preprocess(nn.Module):
 def resize_shorter_side(images: Tensor, side: int) -> Tensor:
     """Antialiased bilinear resize of float images (B, C, H, W) so that the shorter of H and W is `side` pixels."""
     height, width = images.shape[-2:]
-    if min(height, width) == side:
+    if (short := min(height, width)) == side:
         return images
-    short = min(height, width)
     size = [side * height // short, side * width // short]
     return F.interpolate(images, size=size, mode="bilinear", antialias=True)
 

@@ -48,10 +48,7 @@ def build_torchvision(name: str, num_classes: int, **arguments) -> nn.Module:
     import torchvision
 
     builder = torchvision.models.get_model_builder(name)
-    if name in (
-        "googlenet",
-        "inception_v3",
-    ):  # their auxiliary heads return a tuple in training; no loss here uses them
+    if name in ("googlenet", "inception_v3"):  # with auxiliary heads they return a tuple in training
         arguments = {"aux_logits": False, "init_weights": True, **arguments}
     try:
         return builder(weights=None, num_classes=num_classes, **arguments)
@@ -89,8 +86,8 @@ def head_name(network: nn.Module) -> str:
     return layers[-1]
 
 
-def replace_head(network: nn.Module, num_classes: int) -> str:
-    """Put a new, randomly initialised layer with `num_classes` outputs in the head's place; returns its dotted name."""
+def replace_head(network: nn.Module, num_classes: int) -> None:
+    """Put a new, randomly initialised layer with `num_classes` outputs in the head's place."""
     name = head_name(network)
     old = network.get_submodule(name)
     if isinstance(old, nn.Linear):
@@ -102,4 +99,3 @@ def replace_head(network: nn.Module, num_classes: int) -> str:
     setattr(network.get_submodule(parent), child, new)
     if hasattr(network, "num_classes"):
         network.num_classes = num_classes
-    return name

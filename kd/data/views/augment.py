@@ -20,17 +20,8 @@ def shifts(keys: Tensor, flip: bool, pad_crop: int) -> Tensor:
 
 
 def augment(images: Tensor, keys: Tensor, flip: bool, pad_crop: int) -> Tensor:
-    """Flip half of the images left-right; crop each at a random place from its zero-padded self.
-
-    Args:
-        images: uint8 (B, C, H, W).
-        keys: int64 (B,); equal keys give equal draws.
-        flip: whether to flip, with probability 1/2.
-        pad_crop: zero pixels added on each side before a crop of the original size; 0 does nothing.
-
-    Returns:
-        uint8 (B, C, H, W).
-    """
+    """Images uint8 (B, C, H, W), half of them flipped left-right with `flip`, each cropped at a random place from
+    itself with `pad_crop` zero pixels on each side, by its key (int64 (B,))."""
     if not flip and not pad_crop:
         return images
     drawn = shifts(keys, flip, pad_crop)

@@ -32,8 +32,7 @@ def boxes(
     Args:
         uniform: float64 (B, 2 * TRIES + 2), the draws.
         size: (H, W) of the images.
-        share: of the image's area, from and to; drawn uniformly.
-        ratio: width by height, from and to; its logarithm is drawn uniformly.
+        share, ratio: of the image's area, and width by height, from and to; the ratio's logarithm is drawn uniformly.
         whole: whether a side may be as long as the image's.
 
     Returns:
@@ -53,11 +52,8 @@ def boxes(
 
 
 def draw_crops(keys: Tensor, size: tuple[int, int], smallest: float) -> Tensor:
-    """Rectangles int64 (B, 4) as torchvision's RandomResizedCrop draws them, of shapes from 3:4 to 4:3.
-
-    Args:
-        smallest: the least share of the image's area.
-    """
+    """Rectangles int64 (B, 4) as torchvision's RandomResizedCrop draws them, of shapes from 3:4 to 4:3 and at least the
+    share `smallest` of the image's area."""
     ratio = (3 / 4, 4 / 3)
     found, fits = boxes(draws(keys, Purpose.CROP, 2 * TRIES + 2), size, (smallest, 1.0), ratio, whole=True)
     height, width = size

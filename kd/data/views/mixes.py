@@ -25,12 +25,9 @@ def partners(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def draw_mixes(keys: Tensor, size: tuple[int, int], mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
     """The own share of each mixed image, float64 (B,), and the rectangle int64 (B, 4) that the other one fills.
 
-    The share is drawn from Beta(alpha, alpha). An image under mixup has an empty rectangle; one under CutMix has the
-    share that the rectangle leaves. Where both are set, each has half of the images.
-
-    Args:
-        size: (H, W) of the images.
-        mixup, cutmix: their alphas; 0 for none.
+    The share is drawn from Beta(alpha, alpha), `mixup` and `cutmix` are the alphas, 0 for none. An image under mixup
+    has an empty rectangle; one under CutMix has the share that the rectangle leaves. Where both are set, each has half
+    of the images.
     """
     uniform = draws(keys, keyed.Purpose.MIX, 4)
     cut = uniform[:, 0] < (0.5 if mixup and cutmix else 1.0 if cutmix else 0.0)
