@@ -129,7 +129,7 @@ def _each(function: Callable[..., Tensor], *reads: Read) -> Read:
 class Data:
     """The splits of a source and its class names; val is None when nothing is set aside for validation.
 
-    views, batch_size: how training images are shown, and how many a step over all processes.
+    views, batch_size: how training images are shown, and how many per step over all processes.
     """
 
     classes: list[str]

@@ -43,8 +43,9 @@ class _Part:
     labelled_share: float = 1.0
 
 
+@dataclass(eq=False)
 class TrainBatches:
-    """The training images of each step: a function of (seed, step) alone, cut into one part a process.
+    """The training images of each step: a function of (seed, step) alone, cut into one part per process.
 
     Args:
         split: the training images.
@@ -56,23 +57,20 @@ class TrainBatches:
         num_classes: K, of mixed images' labels.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        seed: int,
-        rank: int,
-        num_processes: int,
-        views: Views,
-        accumulate: int = 1,
-        num_classes: int = 0,
-    ):
-        self.split, self.batch_size, self.seed = split, batch_size, seed
-        self.rank, self.num_processes, self.accumulate = rank, num_processes, accumulate
-        self.views, self.num_classes = views, num_classes
-        self.steps_per_epoch = -(-len(split) // batch_size)
-        self._order, self._block = lru_cache(2)(self._order), lru_cache(2)(self._block)  # images are read ahead: two
-        self._labels = split.labels if (split.labels < 0).any() else None  # only where some are unknown
+    split: Split
+    batch_size: int
+    seed: int
+    rank: int
+    num_processes: int
+    views: Views
+    accumulate: int = 1
+    num_classes: int = 0
+
+    def __post_init__(self):
+        self.steps_per_epoch = -(-len(self.split) // self.batch_size)
+        # Two of each: images are read ahead over the end of an epoch and of a block.
+        self._order, self._block = lru_cache(2)(self._order), lru_cache(2)(self._block)
+        self._labels = self.split.labels if (self.split.labels < 0).any() else None  # only where some are unknown
         self._coming, self._read, self._parts = None, None, deque()
 
     def positions(self, step: int) -> np.ndarray:
@@ -114,9 +112,8 @@ class TrainBatches:
         for look in self.split.viewed:
             inputs |= look(part.lookup, inputs)
         keys, labelled = (None if one is None else to_device(one, device) for one in (part.keys, part.labelled))
-        epoch, share = step // self.steps_per_epoch, part.labelled_share
-        batch = Batch(inputs, labels, index, keys, epoch, part.counts, part.whole, step, None, labelled, share)
-        return batch, part.weight
+        epoch, known = step // self.steps_per_epoch, {"labelled": labelled, "labelled_share": part.labelled_share}
+        return Batch(inputs, labels, index, keys, epoch, part.counts, part.whole, step, **known), part.weight
 
     def close(self) -> None:
         """End the prefetching."""

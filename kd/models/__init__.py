@@ -20,7 +20,7 @@ from kd.models import torchvision_nets
 from kd.models.cifar import CIFAR_NETS
 from kd.models.cifar10_resnets import CIFAR10_RESNETS
 from kd.models.dropout import use_keyed_dropout
-from kd.models.exits import ExitNetwork
+from kd.models.exits import exit_network
 from kd.models.fold import folded
 from kd.models.frozen import code_hash as code_hash
 from kd.models.frozen import freeze as freeze
@@ -28,8 +28,8 @@ from kd.models.frozen import freeze_all_but
 from kd.models.frozen import state_hash as state_hash
 from kd.models.own import accept, import_builder
 from kd.models.preprocess import Preprocess, View
-from kd.models.reused_head import ReusedHead
 from kd.models.reused_head import reuse_head as reuse_head
+from kd.models.reused_head import reused_head
 from kd.models.small import SMALL_NETS
 from kd.models.taps import tap
 from kd.outputs import Outputs
@@ -39,7 +39,7 @@ from kd.util.own_code import blamed, described
 from kd.util.tensors import savable
 
 _OWN_NETS = {**SMALL_NETS, **CIFAR_NETS, **CIFAR10_RESNETS}
-_MADE_BY_SCRIPTS = {"exit": ExitNetwork, "reused_head": ReusedHead}  # known to a run's config.json, not to flags
+_MADE_BY_SCRIPTS = {"exit": exit_network, "reused_head": reused_head}  # known to a run's config.json, not to flags
 BACKBONE = "backbone.features"  # the column of what a frozen backbone gives
 
 

@@ -56,6 +56,7 @@ def _conv(channels_in: int, channels_out: int, size: int = 3, stride: int = 1, g
 
 
 def conv_norm(channels_in: int, channels_out: int, *arguments, relu: bool = True) -> list[nn.Module]:
+    """A convolution by the arguments of `_conv`, batch norm and ReLU."""
     layers = [_conv(channels_in, channels_out, *arguments), nn.BatchNorm2d(channels_out)]
     return [*layers, nn.ReLU()] if relu else layers
 

@@ -40,7 +40,20 @@ class ExitHead(nn.Module):
 
 
 class ExitNetwork(nn.Module):
-    """A network's modules up to a tap and the head there; float images to logits (B, K).
+    """A network's modules up to a tap, and the head there; float images to logits (B, K)."""
+
+    def __init__(self, body: nn.Module, head: ExitHead):
+        super().__init__()
+        self.body, self.head = body, head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(images))[0]
+
+
+def exit_network(
+    num_classes: int, student: str, student_args: dict, tap: str, shape: list[int], last: list[int], trust: bool = False
+) -> ExitNetwork:
+    """An `ExitNetwork` with random weights.
 
     Args:
         num_classes, trust: see `build_network`.
@@ -48,30 +61,7 @@ class ExitNetwork(nn.Module):
         tap: dotted name of the module behind which the head stands.
         shape, last: of the map there and of the network's last one, (C, H, W).
     """
+    from kd.models import build_network  # which knows this function
 
-    def __init__(
-        self,
-        num_classes: int,
-        student: str,
-        student_args: dict,
-        tap: str,
-        shape: list[int],
-        last: list[int],
-        trust: bool = False,
-    ):
-        from kd.models import build_network  # which knows this class
-
-        super().__init__()
-        self.body = up_to(build_network(student, num_classes, student_args, trust), tap)
-        self.head = ExitHead(shape, last, num_classes)
-
-    @classmethod
-    def of(cls, body: nn.Module, head: ExitHead) -> ExitNetwork:
-        """One made of modules that are there already and stay shared."""
-        network = cls.__new__(cls)
-        nn.Module.__init__(network)
-        network.body, network.head = body, head
-        return network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.body(images))[0]
+    body = up_to(build_network(student, num_classes, student_args, trust), tap)
+    return ExitNetwork(body, ExitHead(shape, last, num_classes))

@@ -1,6 +1,6 @@
 """Batch norm of a frozen network folded into the convolutions before it: the same function, fewer passes over the maps.
 
-With fixed statistics batch norm is a factor and an offset a channel, which the convolution's own weights can hold
+With fixed statistics batch norm is a factor and an offset per channel, which the convolution's own weights can hold
 (https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.fusion.fuse_conv_bn_eval.html).
 """
 

@@ -23,11 +23,11 @@ class View:
         resize, crop: the shorter side in pixels after an antialiased bilinear resize, and the side of the centre crop;
             None for none.
         channels: 3 (grey is repeated) or 1 (colour becomes luminance, ITU-R 601).
-        mean, std: a number a channel, on the scale 0..1.
+        mean, std: a number per channel, on the scale 0..1.
         source_size: (H, W) of the training images before resizing: images of other sizes are brought to it first.
 
     Raises:
-        UserError: a side is not from 1 to `MAX_SIDE`, or mean or std have not one finite number a channel.
+        UserError: a side is not from 1 to `MAX_SIDE`, or mean or std have not one finite number per channel.
     """
 
     resize: int | None = None

@@ -7,6 +7,8 @@ teacher's, the more the student answers like it; the paper trains on nothing but
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,16 @@ from kd.models.torchvision_nets import head_name
 from kd.util.errors import UserError
 
 
-class ReusedHead(nn.Module):
+def reused_head(
+    num_classes: int,
+    student: str,
+    student_args: dict,
+    student_tap: str,
+    student_map: list[int],
+    teacher_map: list[int],
+    factor: int = 2,
+    trust: bool = False,
+) -> nn.Sequential:
     """A student's `body`, the `projector` behind it, `pool`, and a frozen head `fc`; float images to logits (B, K).
 
     Where the student's map is larger than the teacher's, `align` averages it down to that size first, as the authors'
@@ -32,32 +43,15 @@ class ReusedHead(nn.Module):
         factor: the projector's inner convolution has the teacher's channels divided by this; of 2, 4 and 8, for which
             the authors report results, 2 is the best.
     """
+    from kd.models import build_network  # which knows this function
 
-    def __init__(
-        self,
-        num_classes: int,
-        student: str,
-        student_args: dict,
-        student_tap: str,
-        student_map: list[int],
-        teacher_map: list[int],
-        factor: int = 2,
-        trust: bool = False,
-    ):
-        from kd.models import build_network  # which knows this class
-
-        super().__init__()
-        (mine, *sides), (theirs, *wanted) = student_map, teacher_map
-        inner = max(1, theirs // factor)
-        layers = [*conv_norm(mine, inner, 1), *conv_norm(inner, inner, 3), *conv_norm(inner, theirs, 1)]
-        self.body = up_to(build_network(student, num_classes, student_args, trust), student_tap)
-        self.align = _align(sides, [min(pair) for pair in zip(sides, wanted, strict=True)])
-        self.projector = nn.Sequential(*layers)
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.fc = freeze(nn.Linear(theirs, num_classes))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.pool(self.projector(self.align(self.body(images)))))
+    (mine, *sides), (theirs, *wanted) = student_map, teacher_map
+    inner = max(1, theirs // factor)
+    layers = [*conv_norm(mine, inner, 1), *conv_norm(inner, inner, 3), *conv_norm(inner, theirs, 1)]
+    body = up_to(build_network(student, num_classes, student_args, trust), student_tap)
+    align = _align(sides, [min(pair) for pair in zip(sides, wanted, strict=True)])
+    pool, fc = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), freeze(nn.Linear(theirs, num_classes))
+    return nn.Sequential(OrderedDict(body=body, align=align, projector=nn.Sequential(*layers), pool=pool, fc=fc))
 
 
 def _align(sides: list[int], wanted: list[int]) -> nn.Module:

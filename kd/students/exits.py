@@ -46,7 +46,7 @@ class Exits(Learner):
             body, mine = cut(student, tap, shape, "Exits")
             self.heads.append(ExitHead(mine, last, len(student.classes)))
             arguments = {"student": recipe["model"], "student_args": recipe["model_args"], "tap": tap}
-            network = ExitNetwork.of(body, self.heads[-1])
+            network = ExitNetwork(body, self.heads[-1])
             whole = {"model": "exit", "model_args": {**arguments, "shape": mine, "last": last}}
             kept[f"exit{number}"] = Classifier(network, student.preprocess.view, student.classes, whole)
         student.train()

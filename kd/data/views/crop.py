@@ -1,6 +1,6 @@
 """Random resized crops and random erasing: batched, each image with its own rectangle, in integers.
 
-torchvision's functions take one rectangle a call and kornia's draw from a generator and compute in floating point, so
+torchvision's functions take one rectangle per call and kornia's draw from a generator and compute in floating point, so
 that a view would depend on the device and on the batch.
 """
 
@@ -75,8 +75,8 @@ def resized_crop(images: Tensor, rectangles: Tensor) -> Tensor:
 def _between(values: Tensor, dim: int, start: Tensor, length: Tensor) -> Tensor:
     """Values int32 interpolated along one axis, times 2048: `length` of them (B,) from `start` fill the axis."""
     count, size = len(values), values.shape[dim]
-    ask = torch.arange(size, device=values.device)
-    place = (((2 * ask + 1) * length[:, None] - size) << 11).div(2 * size, rounding_mode="floor").clamp(min=0)
+    pixel = torch.arange(size, device=values.device)
+    place = (((2 * pixel + 1) * length[:, None] - size) << 11).div(2 * size, rounding_mode="floor").clamp(min=0)
     lower, weight = place >> 11, (place & 2047).int()
     upper = torch.minimum(lower + 1, length[:, None] - 1)
     shape = (count, 1, size, 1) if dim == 2 else (count, 1, 1, size)

@@ -1,6 +1,6 @@
 """TrivialAugment. Mueller, Hutter. 2021. https://arxiv.org/abs/2103.10158
 
-One of 14 operations an image, drawn uniformly, at one of 31 strengths, drawn uniformly: the wide space of the paper
+One of 14 operations per image, drawn uniformly, at one of 31 strengths, drawn uniformly: the wide space of the paper
 (table 6), with the ranges and signs of torchvision's TrivialAugmentWide. Computed as PIL does, in integers.
 """
 
