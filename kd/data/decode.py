@@ -84,16 +84,17 @@ def eight_bits(pixels: np.ndarray) -> np.ndarray:
         return pixels
     if pixels.dtype == bool:
         return pixels.astype(np.uint8) * 255
-    if pixels.dtype.kind not in "iuf" or not pixels.size or not (pixels.min() >= 0 and pixels.max() < 2**16):
-        span = f" from {pixels.min():g} to {pixels.max():g}" if pixels.size and pixels.dtype.kind in "iuf" else ""
+    numbers = pixels.dtype.kind in "iuf" and pixels.size > 0
+    low, high = (pixels.min(), pixels.max()) if numbers else (-1, -1)
+    if not (low >= 0 and high < 2**16):
+        span = f" from {low:g} to {high:g}" if numbers else ""
         raise UnreadableImage(
             f"pixels of {pixels.dtype}{span}; known are 0 to 1 (floating-point), 8, 12 and 16 bits; scale them to one"
         )
-    high = pixels.max()
+    bits = next(bits for bits in (8, 12, 16) if high < 2**bits)
     if pixels.dtype.kind == "f":
-        bits = 0 if high <= 1 else next(bits for bits in (8, 12, 16) if high < 2**bits)
-        return (pixels * (255 if bits == 0 else 2.0 ** (8 - bits))).round().clip(0, 255).astype(np.uint8)
-    return (pixels >> (0 if high < 256 else 4 if high < 4096 else 8)).astype(np.uint8)
+        return (pixels * (255 if high <= 1 else 2.0 ** (8 - bits))).round().clip(0, 255).astype(np.uint8)
+    return (pixels >> (bits - 8)).astype(np.uint8)
 
 
 def read_image(image, channels: int, size: tuple[int, int] | None = None, fit: bool = True) -> np.ndarray:

@@ -23,9 +23,6 @@ def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
 def carve(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split places into (rest, carved): `fraction` of every class (rounded) is carved; both ascending."""
     shuffled = keyed.permutation(keyed.key(seed, keyed.Purpose.CARVED), len(labels)).numpy()
-    carved = []
-    for label in np.unique(labels):
-        places = shuffled[labels[shuffled] == label]
-        carved.append(places[: round(fraction * len(places))])
-    carved = np.sort(np.concatenate(carved))
+    by_class = [shuffled[labels[shuffled] == label] for label in np.unique(labels)]
+    carved = np.sort(np.concatenate([places[: round(fraction * len(places))] for places in by_class]))
     return np.setdiff1d(np.arange(len(labels)), carved), carved
