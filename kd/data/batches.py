@@ -68,15 +68,15 @@ class TrainBatches:
 
     def __post_init__(self):
         self.steps_per_epoch = -(-len(self.split) // self.batch_size)
-        # Two of each: images are read ahead over the end of an epoch and of a block.
-        self._order, self._block = lru_cache(2)(self._order), lru_cache(2)(self._block)
+        self._blocks: dict[int, list[list[_Part]]] = {}  # by their first step
         self._labels = self.split.labels if (self.split.labels < 0).any() else None  # only where some are unknown
         self._coming, self._read, self._parts = None, None, deque()
 
     def positions(self, step: int) -> np.ndarray:
         """Positions in the split of the whole global batch of a step, in order; the epoch's last may be smaller."""
         epoch, batch = divmod(step, self.steps_per_epoch)
-        return self._order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
+        order = _order(self.seed, epoch, len(self.split))
+        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def images_seen(self, step: int) -> int:
         """How many images have been shown after so many steps."""
@@ -123,18 +123,18 @@ class TrainBatches:
         """How many images the global batch of a step has."""
         return min(self.batch_size, len(self.split) - step % self.steps_per_epoch * self.batch_size)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        return keyed.permutation(keyed.key(self.seed, keyed.Purpose.ORDER, epoch), len(self.split)).numpy()
-
     def _part(self, step: int, micro: int) -> _Part:
         number = step % self.steps_per_epoch % BLOCK
-        return self._block(step - number)[number][micro]
+        if (first := step - number) not in self._blocks:  # two are kept: images are read ahead
+            self._blocks = {**dict(list(self._blocks.items())[-1:]), first: self._draw(first)}
+        return self._blocks[first][number][micro]
 
-    def _block(self, first: int) -> list[list[_Part]]:
+    def _draw(self, first: int) -> list[list[_Part]]:
         """The micro-batches of `BLOCK` successive steps, or those up to the end of the epoch."""
         epoch, batch = divmod(first, self.steps_per_epoch)
         steps = range(first, min(first + BLOCK, (epoch + 1) * self.steps_per_epoch))
-        where = self._order(epoch)[batch * self.batch_size : (batch + len(steps)) * self.batch_size]
+        order = _order(self.seed, epoch, len(self.split))
+        where = order[batch * self.batch_size : (batch + len(steps)) * self.batch_size]
         places = torch.from_numpy(self.split.places[where])
         views, numbers = self.views.draw(self.seed, epoch, places)
         lookup = None if numbers is None else torch.stack([places, numbers], dim=1)
@@ -180,6 +180,12 @@ class TrainBatches:
             parts.append(self._part(step, micro))
             yield parts[-1].where
             step, micro = self._after(step, micro)
+
+
+@lru_cache(2)  # two: images are read ahead
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """In which order an epoch shows `count` images."""
+    return keyed.permutation(keyed.key(seed, keyed.Purpose.ORDER, epoch), count).numpy()
 
 
 def _share(start: int, stop: int, count: int, number: int) -> tuple[int, int]:
