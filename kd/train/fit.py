@@ -56,10 +56,12 @@ def fit(
     accelerator.wait_for_everyone()
     engine = make_engine(distiller, config, accelerator)
     data = data.on_device(accelerator.device, config.data.device_share)
-    batches = _batches(data, config, accelerator)
-    per_epoch, received = batches.steps_per_epoch, 0
-    total = total_steps(config, data)
-    progress, best = _resume(engine, accelerator, run)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    batches = TrainBatches(
+        data.train, data.batch_size, config.seed, rank, world, data.views, config.accumulate, len(data.classes)
+    )
+    per_epoch, total, received = batches.steps_per_epoch, total_steps(config, data), 0
+    progress, best = _resume(run, engine)
     kept = Kept(distiller.learner, accelerator, best, data.train, config.accumulate)
     standing = Standing(config, progress.standing)
     recorder = Recorder(distiller, config, accelerator, run, total, batches.images_seen, progress)
@@ -81,7 +83,7 @@ def fit(
             received = stop.agreed()
             due = progress.step % config.checkpoint_every == 0 if config.checkpoint_every else epoch_ends
             if received or due or progress.step == total:
-                _save(run, distiller, engine, accelerator, progress, recorder, kept.best, config.optimizer.lr)
+                _save(run, engine, progress, recorder, kept.best, config.optimizer.lr)
         if progress.step < total:  # stopped by a signal, which may be sent again
             stop.ignore_repeats()
     recorder.close()
@@ -92,25 +94,13 @@ def fit(
     return Fitted(kept, recorder.tracker, progress, 0 if progress.step == total else received)
 
 
-def _batches(data: Data, config, accelerator: Accelerator) -> TrainBatches:
-    return TrainBatches(
-        data.train,
-        data.batch_size,
-        config.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-        data.views,
-        config.accumulate,
-        len(data.classes),
-    )
-
-
-def _save(run: Run, distiller: Distiller, engine: Engine, accelerator, progress, recorder: Recorder, best: Best, lr):
+def _save(run: Run, engine: Engine, progress: Progress, recorder: Recorder, best: Best, lr: float) -> None:
     run.require()
-    recorder.meter.check(accelerator, lr, recorder.saved_step)  # what is not finite must never be kept
-    if not all_finite(list(distiller.state_dict().values()), accelerator):
+    accelerator, meter = engine.accelerator, recorder.meter
+    meter.check(accelerator, lr, recorder.saved_step)  # what is not finite must never be kept
+    if not all_finite(list(engine.distiller.state_dict().values()), accelerator):
         raise not_finite("the weights are", progress.step, lr, recorder.saved_step)
-    progress.sums, progress.metrics_bytes = recorder.meter.state(accelerator), recorder.tracker.num_bytes
+    progress.sums, progress.metrics_bytes = meter.state(accelerator), recorder.tracker.num_bytes
     progress.seconds = recorder.seconds
     progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     tensors = engine.tensors()
@@ -121,22 +111,20 @@ def _save(run: Run, distiller: Distiller, engine: Engine, accelerator, progress,
     recorder.saved_step = progress.step
 
 
-def _resume(engine: Engine, accelerator, run: Run) -> tuple[Progress, Best]:
-    found = load_newest(run.folder / "checkpoints")
-    steps = accelerator.gather(torch.tensor([found[0].step if found else 0], device=accelerator.device)).tolist()
+def _resume(run: Run, engine: Engine) -> tuple[Progress, Best]:
+    accelerator, best = engine.accelerator, {}
+    progress, tensors = load_newest(run.folder / "checkpoints") or (Progress(), {})
+    steps = accelerator.gather(torch.tensor([progress.step], device=accelerator.device)).tolist()
     if len(set(steps)) > 1:
         raise UserError(
             f"the processes see different checkpoints in {run.folder} (steps {steps}); "
             f"put output_dir on a disk that all nodes share"
         )
-    if found is None:
-        return Progress(), {}
-    progress, tensors = found
-    engine.load(tensors)
-    if progress.scaler is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(progress.scaler)
-    say(f"resuming after step {progress.step}")
-    best: Best = {}
+    if tensors:
+        engine.load(tensors)
+        if progress.scaler is not None and accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(progress.scaler)
+        say(f"resuming after step {progress.step}")
     for key, value in tensors.get("best", {}).items():
         name, _, key = key.partition(".")
         best.setdefault(name, {})[key] = value

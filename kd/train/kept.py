@@ -11,9 +11,10 @@ from kd.measure import metrics
 from kd.measure.predict import predict
 from kd.students import Learner
 from kd.train.standing import Standing
-from kd.train.statistics import ARRIVED, chosen, learning_layers, left_over, put_back, reestimate
+from kd.train.statistics import ARRIVED, chosen, learning_layers, left_over, reestimate
 from kd.util.errors import say
 from kd.util.gathers import copy_whole, share_buffers
+from kd.util.tensors import buffers_put_back
 
 Best = dict[str, dict[str, Tensor]]  # weights by network and name
 
@@ -84,7 +85,8 @@ class Kept:
         """
         if split is None:
             return {}
-        with nullcontext() if self._in_parts else put_back(self.networks.values()):
+        # training continues with its own statistics
+        with nullcontext() if self._in_parts else buffers_put_back(*self.networks.values()):
             self.settle(steps)
             row = self._measure(split, batch_size, epoch, best, steps, standing)
         self._learner.train()
