@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     find_baseline(runs, config.baseline)
     set_threads()
     keep_freed_memory()
-    with zero.hidden():  # to ask networks needs no engine
+    with zero.hidden():  # a forward pass needs no engine
         accelerator = Accelerator(cpu=on_cpu())
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result alone
         for folder in sorted({*others} - {*runs}):

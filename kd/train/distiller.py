@@ -60,17 +60,15 @@ class Distiller(nn.Module):
         super().__init__()
         if not losses:
             raise UserError("no loss is given; add one to losses, for example CrossEntropy")
-        self.learner, self.losses = learner, nn.ModuleDict()
-        self._pairs: dict[str, _Pair] = {}
+        self.learner, self.losses, self._pairs = learner, nn.ModuleDict(), {}
         self._words = [self._add(term, teachers) for term in map(Term.of, losses)]
         joined = {*learner.untrained, *(pair.student for pair in self._pairs.values())}
         if idle := [name for name in learner.names if name not in joined]:
             raise UserError(f"no term of losses trains {', '.join(idle)}; add one, for example a Term of CrossEntropy")
         self._connect(teachers, image_shape, setting or Setting(), seed)
         # DistributedDataParallel need not send what the losses keep equal themselves, a memory bank for example.
-        self._ddp_params_and_buffers_to_ignore = [
-            f"losses.{name}.{buffer}" for name, loss in self.losses.items() for buffer in loss.replicated
-        ]
+        kept_equal = ((name, buffer) for name, loss in self.losses.items() for buffer in loss.replicated)
+        self._ddp_params_and_buffers_to_ignore = [f"losses.{name}.{buffer}" for name, buffer in kept_equal]
 
     def _add(self, term: Term, teachers: nn.Module | None) -> str:
         """Give each pair of names that a term joins a loss of its own; returns the term in words."""
@@ -116,8 +114,7 @@ class Distiller(nn.Module):
                 owner.tap(name, sorted(wanted))
             if any(part.values()):
                 shapes |= _feature_shapes(owner, image_shape)
-        network = next(iter(self.learner.networks.values()))
-        setting = replace(setting, num_classes=len(network.classes))
+        setting = replace(setting, num_classes=len(next(iter(self.learner.networks.values())).classes))
         torch.manual_seed(keyed.key(seed, keyed.Purpose.FIRST_WEIGHTS) & (2**63 - 1))
         for name, pair in self._pairs.items():
             own = replace(setting, student_shapes=shapes[pair.student], teacher_shapes=shapes[pair.source])
@@ -140,14 +137,12 @@ class Distiller(nn.Module):
         outputs = {name: part.float() for name, part in self.learner(batch).items()}
         # Half precision has too few bits for a logarithm of a small probability: losses always run in float32.
         with torch.autocast(batch.labels.device.type, enabled=False):
-            return {
-                name: pair.weight * self._value(name, pair, outputs, teachers, batch)
-                for name, pair in self._pairs.items()
-                if pair.turn in (None, batch.turn)
-            }
+            pairs = {name: pair for name, pair in self._pairs.items() if pair.turn in (None, batch.turn)}
+            return {name: pair.weight * self._value(name, outputs, teachers, batch) for name, pair in pairs.items()}
 
-    def _value(self, name: str, pair: _Pair, outputs: dict, teachers: dict, batch: Batch) -> Tensor:
-        loss, student, teacher = self.losses[name], outputs[pair.student], None
+    def _value(self, name: str, outputs: dict[str, Outputs], teachers: dict[str, Outputs], batch: Batch) -> Tensor:
+        loss, pair = self.losses[name], self._pairs[name]
+        student, teacher = outputs[pair.student], None
         if pair.source is not None:
             teacher = teachers[pair.source] if pair.source in teachers else outputs[pair.source].detach()
             student = student.of_classes(teacher.classes)

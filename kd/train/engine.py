@@ -77,10 +77,8 @@ class Engine:
 
         It starts with one bucket of all gradients and, after the first backward, has several in the order in which
         gradients come. Three or more summands are rounded according to their place in a bucket, so the first step
-        after a restart would differ in the last bits from the same step of a run that was not stopped.
-
-        Args:
-            forward_backward: that of a batch; its gradients are dropped, and buffers are put back.
+        after a restart would differ in the last bits from the same step of a run that was not stopped. The gradients of
+        this pass are dropped, and buffers are put back.
         """
         with buffers_put_back(self.distiller):
             forward_backward()
@@ -88,11 +86,8 @@ class Engine:
         self.settled = True
 
     def update(self, wants_norm: bool, still: Iterable[nn.Parameter] = ()) -> Tensor | None:
-        """Clip the gradients, step, drop them. Returns their norm, where it is wanted: a scalar on the device.
-
-        Args:
-            still: parameters that do not move in this step.
-        """
+        """Clip the gradients, step, drop them; the parameters in `still` do not move. Returns the gradients' norm where
+        it is wanted, a scalar on the device."""
         norm = None
         for parameter in still:
             parameter.grad = None
@@ -105,10 +100,8 @@ class Engine:
         return norm
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that is learned and the optimizer's state, by file and name, whole; on the main process alone.
-
-        All processes must call it.
-        """
+        """All that is learned and the optimizer's state, by file and name, whole; on the main process alone, though all
+        must call it."""
         named = {"distiller": self.distiller.state_dict(), "optimizer": self._optimizer_tensors(self.optimizer)}
         return {name: whole(part, keep=self.accelerator.is_main_process) for name, part in named.items()}
 

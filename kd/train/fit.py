@@ -15,7 +15,6 @@ from kd.train.checkpoint import Progress, load_newest, save_checkpoint
 from kd.train.distiller import Distiller
 from kd.train.engine import Engine, make_engine
 from kd.train.kept import Best, Kept
-from kd.train.meter import not_finite
 from kd.train.optim import learning_rate, total_steps
 from kd.train.recorder import Recorder
 from kd.train.standing import Standing
@@ -79,11 +78,11 @@ def fit(
                 recorder.interval(lr, norm)
             if epoch_ends:
                 kept.refresh()  # what is measured is what is saved
-                recorder.epoch(kept.validate(data.val, data.batch_size, epoch, progress.best, progress.step, standing))
+                recorder.epoch(kept.validate(data.val, data.batch_size, epoch, progress, standing))
             received = stop.agreed()
             due = progress.step % config.checkpoint_every == 0 if config.checkpoint_every else epoch_ends
             if received or due or progress.step == total:
-                _save(run, engine, progress, recorder, kept.best, config.optimizer.lr)
+                _save(run, engine, progress, recorder, kept.best)
         if progress.step < total:  # stopped by a signal, which may be sent again
             stop.ignore_repeats()
     recorder.close()
@@ -94,21 +93,21 @@ def fit(
     return Fitted(kept, recorder.tracker, progress, 0 if progress.step == total else received)
 
 
-def _save(run: Run, engine: Engine, progress: Progress, recorder: Recorder, best: Best, lr: float) -> None:
+def _save(run: Run, engine: Engine, progress: Progress, recorder: Recorder, best: Best) -> None:
     run.require()
     accelerator, meter = engine.accelerator, recorder.meter
-    meter.check(accelerator, lr, recorder.saved_step)  # what is not finite must never be kept
+    meter.check()  # what is not finite must never be kept
     if not all_finite(list(engine.distiller.state_dict().values()), accelerator):
-        raise not_finite("the weights are", progress.step, lr, recorder.saved_step)
-    progress.sums, progress.metrics_bytes = meter.state(accelerator), recorder.tracker.num_bytes
-    progress.seconds = recorder.seconds
+        raise meter.not_finite("the weights are", progress.step)
+    progress.sums, progress.seconds = meter.state(), recorder.seconds
+    progress.metrics_bytes = recorder.tracker.num_bytes
     progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     tensors = engine.tensors()
     if best:
         tensors["best"] = {f"{name}.{key}": value for name, state in best.items() for key, value in state.items()}
     if accelerator.is_main_process:
         save_checkpoint(run.folder / "checkpoints", progress, tensors)
-    recorder.saved_step = progress.step
+    meter.saved_step = progress.step
 
 
 def _resume(run: Run, engine: Engine) -> tuple[Progress, Best]:

@@ -16,12 +16,7 @@ from kd.train.meter import Meter
 
 
 class Stepper:
-    """Takes the steps of a run. Each is a function of the weights, the optimizer's state and its number.
-
-    Args:
-        seed: the run's.
-        meter: is given the terms.
-    """
+    """Takes the steps of a run. Each is a function of the weights, the optimizer's state, the seed and its number."""
 
     def __init__(self, engine: Engine, teachers: Teachers | None, batches: TrainBatches, seed: int, meter: Meter):
         self._engine, self._teachers, self._batches, self._seed, self._meter = engine, teachers, batches, seed, meter

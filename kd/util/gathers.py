@@ -113,18 +113,3 @@ def all_finite(tensors: list[Tensor], accelerator) -> bool:
     local = (tensor.to_local() if is_shared_out(tensor) else tensor for tensor in tensors)
     finite = torch.tensor([all(bool(tensor.isfinite().all()) for tensor in local)], device=accelerator.device)
     return bool(accelerator.gather(finite).all())
-
-
-@torch.no_grad()
-def copy_whole(source: nn.Module, target: nn.Module) -> None:
-    """Fill `target`, a module of the same shapes, with the weights of `source`, which FSDP2 shares out.
-
-    Buffers, which it does not share out and does not keep equal, are the first process's.
-    """
-    own = target.state_dict()
-    for name, tensor in source.state_dict().items():
-        if is_shared_out(tensor):
-            own[name].copy_(tensor.full_tensor())
-        else:
-            own[name].copy_(tensor)
-            dist.broadcast(own[name], 0)
