@@ -12,7 +12,7 @@ from kd.util.errors import run_script, say
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure each run, print a table, write what is asked for; returns the exit status."""
+    """Measure each run, print a table, write the files that are named; returns the exit status."""
     from kd.run.config import EvaluateConfig  # all imports that take time are in here, where Ctrl-C is one line
     from kd.run.parse import parse
 

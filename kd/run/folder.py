@@ -150,8 +150,8 @@ class Run:
             self.inputs = None
 
     def begin(self, kept: Sequence[str] = ()) -> None:
-        """Delete an earlier run if asked to, and write the config: called when nothing is left that a user could have
-        got wrong, so that a mistake neither deletes a run nor takes a folder.
+        """Delete an earlier run where `overwrite` is set, and write the config: called when nothing is left that a user
+        could have got wrong, so that a mistake neither deletes a run nor takes a folder.
 
         Args:
             kept: names of the networks that `finish` will write beside its own.

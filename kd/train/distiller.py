@@ -38,7 +38,7 @@ class Distiller(nn.Module):
         losses: the terms; a loss alone is one for `student` from `teacher`. Two of one name are told apart by a number.
         teachers: a `kd.teachers.Teachers`, which is tapped for the features that the losses need; not kept.
         image_shape: (C, H, W) of the stored images, from which the features' shapes are found.
-        setting: what the losses are told, without the shapes.
+        setting: what the losses are set up with, without the shapes.
         seed: of the first weights of what the losses learn.
 
     Attributes:

@@ -136,8 +136,3 @@ class ZeroEngine(Engine):
         self.model.step()  # clips too, see `zero.initialize`
         norm = self.model.get_global_grad_norm()
         return torch.as_tensor(norm) if wants_norm or self.clip_norm is not None else None
-
-
-def make_engine(distiller: Distiller, config, accelerator: Accelerator) -> Engine:
-    """The engine that the launcher asked for."""
-    return (ZeroEngine if zero.wanted(accelerator.num_processes) else Engine)(distiller, config, accelerator)

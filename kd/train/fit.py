@@ -11,14 +11,15 @@ from kd.data import Data, TrainBatches
 from kd.run.folder import Run
 from kd.teachers import Teachers
 from kd.track import Tracker
+from kd.train import zero
 from kd.train.checkpoint import Progress, load_newest, save_checkpoint
 from kd.train.distiller import Distiller
-from kd.train.engine import Engine, make_engine
+from kd.train.engine import Engine, ZeroEngine
 from kd.train.kept import Best, Kept
 from kd.train.optim import learning_rate, total_steps
 from kd.train.recorder import Recorder
 from kd.train.standing import Standing
-from kd.train.step import Stepper
+from kd.train.step import take_step
 from kd.util.errors import UserError, say
 from kd.util.gathers import all_finite
 from kd.util.processes import StopSignal, answering_roll_calls
@@ -53,9 +54,9 @@ def fit(
     """
     run.begin(kept=list(distiller.learner.networks)[1:])
     accelerator.wait_for_everyone()
-    engine = make_engine(distiller, config, accelerator)
-    data = data.on_device(accelerator.device, config.data.device_share)
     rank, world = accelerator.process_index, accelerator.num_processes
+    engine = (ZeroEngine if zero.wanted(world) else Engine)(distiller, config, accelerator)
+    data = data.on_device(accelerator.device, config.data.device_share)
     batches = TrainBatches(
         data.train, data.batch_size, config.seed, rank, world, data.views, config.accumulate, len(data.classes)
     )
@@ -64,7 +65,6 @@ def fit(
     kept = Kept(distiller.learner, accelerator, best, data.train, config.accumulate)
     standing = Standing(config, progress.standing)
     recorder = Recorder(distiller, config, accelerator, run, total, batches.images_seen, progress)
-    take_step = Stepper(engine, teachers, batches, config.seed, recorder.meter)
     distiller.train()
     with StopSignal(config.peer_timeout) as stop, answering_roll_calls():
         while progress.step < total and not received:
@@ -72,7 +72,9 @@ def fit(
             epoch_ends = progress.step % per_epoch == 0 or progress.step == total
             logs = progress.step % config.log_every == 0 or epoch_ends
             lr = learning_rate(config.optimizer, step, total, per_epoch)
-            norm = take_step(step, lr, wants_norm=logs)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = lr
+            norm = take_step(engine, teachers, batches, recorder.meter, config.seed, step, logs)
             recorder.step(progress.step, epoch := step // per_epoch + 1)
             if logs:
                 recorder.interval(lr, norm)

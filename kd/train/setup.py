@@ -36,8 +36,8 @@ def make_accelerator(config) -> Accelerator:
     """The accelerator of this process.
 
     Raises:
-        UserError: the global batch size cannot be shared by the processes, or the launcher asks for an engine whose
-            state could not be saved whole.
+        UserError: the global batch size cannot be shared by the processes, or the launcher is set to an engine
+            whose state could not be saved whole.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if config.data.batch_size % world:
@@ -82,7 +82,7 @@ def make_accelerator(config) -> Accelerator:
 
 
 def _sharding() -> FullyShardedDataParallelPlugin | None:
-    """FSDP2, where the launcher asks for it; see `accelerate_configs/fsdp2.yaml`."""
+    """FSDP2, where the launcher is set to it; see `accelerate_configs/fsdp2.yaml`."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -199,7 +199,7 @@ def build_distiller(learner: Learner, teachers: Teachers | None, data: Data, con
 
 
 def choose_batch_norm(distiller: Distiller, config, accelerator: Accelerator) -> None:
-    """Let batch norm see what `config.sync_batch_norm` says, and say it where it is not all of the global batch.
+    """Let batch norm see what `config.sync_batch_norm` sets, and print it where that is not all of the global batch.
 
     Raises:
         UserError: it is to be synchronised on a CPU.
