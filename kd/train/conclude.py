@@ -33,8 +33,9 @@ def conclude(fitted: Fitted, data: Data, config, accelerator, run: Run) -> int:
     standing = Standing(config, fitted.progress.standing)
     measured, files, summaries = {}, {}, {}
     for name, network in networks.items():
-        *measured[name], results = _measure(name, network, fitted, data, config, accelerator)
-        standing.conclude(name, *measured[name], fitted.progress.step)
+        logits, labels, results = _measure(name, network, fitted, data, config, accelerator)
+        standing.conclude(name, logits, labels, fitted.progress.step)
+        measured[name] = logits, labels
         files[name] = network.files()
         sizes = {
             "num_params": cost.num_params(network.network),
