@@ -118,34 +118,24 @@ class DataConfig:
             setattr(self, name, values)
             right = len(values) == self.channels
             _require(right, f"data.{name} {values} must have one number or data.channels ({self.channels})")
-        for name, kinds in (
-            ("source", "a folder or a known set"),
-            ("cache_dir", "a folder"),
-            ("download_dir", "a folder"),
-        ):
-            path = getattr(self, name)
-            _require(path != "", f"data.{name} is empty; name {kinds}")
+        for name in ("source", "cache_dir", "download_dir"):
+            path, more = getattr(self, name), " or a known set" if name == "source" else ""
+            _require(path != "", f"data.{name} is empty; name a folder{more}")
             known = path is None or not os.path.expanduser(path).startswith("~")
             _require(known, f"data.{name} {path!r}: there is no user of this name here")
-        random = (self.flip, self.pad_crop, self.random_resized_crop, self.color_jitter, self.trivial_augment)
-        _require(
-            not self.views_per_image or any((*random, self.random_erasing, self.mixup, self.cutmix)),
-            f"data.views_per_image {self.views_per_image}: no view is random; set data.flip or another, or 0",
-        )
-        _require(
-            not (self.pad_crop and self.random_resized_crop),
-            "data.pad_crop and data.random_resized_crop both crop; set one of them to 0",
-        )
+        shapes, colours = (self.flip, self.pad_crop, self.random_resized_crop), (self.color_jitter, self.random_erasing)
+        some, count = any((*shapes, *colours, self.trivial_augment, self.mixup, self.cutmix)), self.views_per_image
+        _require(some or not count, f"data.views_per_image {count}: no view is random; set data.flip or another, or 0")
+        both = self.pad_crop and self.random_resized_crop
+        _require(not both, "data.pad_crop and data.random_resized_crop both crop; set one of them to 0")
         jitter = self.color_jitter
         _require(
             len(jitter) in (0, 4) and max([0, *jitter[3:]]) <= 0.5,
             f"data.color_jitter {jitter} must have four numbers (brightness, contrast, saturation, hue; the "
             "last up to 0.5), or none",
         )
-        _require(
-            not (self.crop and self.resize) or self.crop <= self.resize,
-            f"data.crop {self.crop} is larger than data.resize {self.resize}",
-        )
+        fits = not (self.crop and self.resize) or self.crop <= self.resize
+        _require(fits, f"data.crop {self.crop} is larger than data.resize {self.resize}")
 
 
 @dataclass
@@ -249,10 +239,8 @@ class TrainConfig:
     """use only deterministic algorithms on a GPU (slower there; a CPU always does)"""
 
     def __post_init__(self):
-        _require(
-            self.accumulate <= self.data.batch_size,
-            f"accumulate {self.accumulate} must be from 1 to data.batch_size ({self.data.batch_size})",
-        )
+        most = self.data.batch_size
+        _require(self.accumulate <= most, f"accumulate {self.accumulate} must be from 1 to data.batch_size ({most})")
         for loss in (term.loss if isinstance(term, Term) else term for term in self.losses):
             name, whole = type(loss).__name__, "_modules" in vars(loss) and hasattr(loss, "weight")
             _require(whole, f"losses: __init__ of {name} does not call super().__init__(weight)")
