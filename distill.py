@@ -18,24 +18,15 @@ def main(argv: list[str] | None = None) -> int:
     from kd.teachers import load_teachers, other_sizes
     from kd.teachers.precompute import precompute_teachers
     from kd.teachers.stored import settle_stored
+    from kd.train import setup
     from kd.train.conclude import conclude
     from kd.train.fit import fit
     from kd.train.inputs import remember
-    from kd.train.setup import (
-        announce,
-        build_distiller,
-        build_learner,
-        build_trained,
-        choose_batch_norm,
-        compile_step,
-        make_accelerator,
-        open_run,
-    )
     from kd.train.trial import try_first_batch
 
-    accelerator = make_accelerator(config)
+    accelerator = setup.make_accelerator(config)
     settle_stored(config)
-    with open_run(config, accelerator) as run:
+    with setup.open_run(config, accelerator) as run:
         if run.finished:
             return 0
         data = load_data(config.data)
@@ -43,15 +34,15 @@ def main(argv: list[str] | None = None) -> int:
         teachers = load_teachers(config.teacher, data.classes, mean, device, trust)
         for line in other_sizes(teachers, data.image_shape):
             say(f"note: the teacher {line}")
-        network = build_trained(config.student, data, config)
-        learner = build_learner(network, teachers, data, config)
-        distiller = build_distiller(learner, teachers, data, config)
+        network = setup.build_trained(config.student, data, config)
+        learner = setup.build_learner(network, teachers, data, config)
+        distiller = setup.build_distiller(learner, teachers, data, config)
         teachers = teachers if distiller.needs_teacher else None  # what no term compares with is not computed
         remember(run, config, data)
-        announce(distiller, data, config, accelerator)
+        setup.announce(distiller, data, config, accelerator)
         try_first_batch(distiller, teachers, data, config, accelerator)
-        choose_batch_norm(distiller, config, accelerator)
-        compile_step(distiller, config, accelerator)
+        setup.choose_batch_norm(distiller, config, accelerator)
+        setup.compile_step(distiller, config, accelerator)
         data = precompute_teachers(data, teachers, config, accelerator, run)
         fitted = fit(distiller, teachers, data, config, accelerator, run)
         return conclude(fitted, data, config, accelerator, run)

@@ -12,7 +12,7 @@ from kd.util.errors import run_script, say
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure each run, print a table, write what is asked for; returns the exit status."""
+    """Measure each run, print a table, write the files that are named; returns the exit status."""
     from kd.run.config import EvaluateConfig  # all imports that take time are in here, where Ctrl-C is one line
     from kd.run.parse import parse
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     find_baseline(runs, config.baseline)
     set_threads()
     keep_freed_memory()
-    with zero.hidden():  # to ask networks needs no engine
+    with zero.hidden():  # a forward pass needs no engine
         accelerator = Accelerator(cpu=on_cpu())
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result alone
         for folder in sorted({*others} - {*runs}):

@@ -14,36 +14,27 @@ def main(argv: list[str] | None = None) -> int:
 
     config = parse(TeacherConfig, argv)
 
-    from kd.data import load_data
+    from kd.data import load_data  # --help and --print_config need none of these
     from kd.teachers.precompute import precompute_backbone
-    from kd.train.conclude import conclude  # --help and --print_config need none of these
+    from kd.train import setup
+    from kd.train.conclude import conclude
     from kd.train.fit import fit
     from kd.train.inputs import remember
-    from kd.train.setup import (
-        announce,
-        build_distiller,
-        build_learner,
-        build_trained,
-        choose_batch_norm,
-        compile_step,
-        make_accelerator,
-        open_run,
-    )
     from kd.train.trial import try_first_batch
 
-    accelerator = make_accelerator(config)
-    with open_run(config, accelerator) as run:
+    accelerator = setup.make_accelerator(config)
+    with setup.open_run(config, accelerator) as run:
         if run.finished:
             return 0
         data = load_data(config.data)
-        network = build_trained(config.model, data, config)
-        learner = build_learner(network, None, data, config)
-        distiller = build_distiller(learner, None, data, config)
+        network = setup.build_trained(config.model, data, config)
+        learner = setup.build_learner(network, None, data, config)
+        distiller = setup.build_distiller(learner, None, data, config)
         remember(run, config, data)
-        announce(distiller, data, config, accelerator)
+        setup.announce(distiller, data, config, accelerator)
         try_first_batch(distiller, None, data, config, accelerator)
-        choose_batch_norm(distiller, config, accelerator)
-        compile_step(distiller, config, accelerator)
+        setup.choose_batch_norm(distiller, config, accelerator)
+        setup.compile_step(distiller, config, accelerator)
         tabled = precompute_backbone(data, learner, config, accelerator, run)
         fitted = fit(distiller, None, tabled, config, accelerator, run)
         return conclude(fitted, data, config, accelerator, run)

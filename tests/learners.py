@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from kd.outputs import Batch
@@ -27,10 +26,6 @@ class AsTeachers(nn.Module):
 
     def tap(self, name, taps) -> None:
         self.network.tap(taps)
-
-    def feature_shapes(self, image_shape) -> dict:
-        outputs = self.network.outputs({"image": torch.zeros(1, *image_shape, dtype=torch.uint8)})
-        return {"teacher": {tap: tuple(feature.shape[1:]) for tap, feature in outputs.features.items()}}
 
     def forward(self, batch: Batch) -> dict:
         return {"teacher": self.network.outputs(batch.inputs)}

@@ -31,23 +31,9 @@ Seconds = restricted_number_type("Seconds", int, [(">=", 1), ("<=", 10**7)])
 
 # Fields that do not change what a run computes: a run resumes when only these differ.
 FREE_FIELDS = (
-    "output_dir",
-    "overwrite",
-    "trust_code",
-    "report_to",
-    "project",
-    "group",
-    "tags",
-    "notes",
-    "log_media",
-    "checkpoint_every",
-    "num_threads",
-    "peer_timeout",
-    "data.cache_dir",
-    "data.download_dir",
-    "data.store",
-    "data.num_workers",
-    "data.device_share",
+    *("output_dir", "overwrite", "trust_code", "report_to", "project", "group", "tags", "notes", "log_media"),
+    *("checkpoint_every", "num_threads", "peer_timeout"),
+    *("data.cache_dir", "data.download_dir", "data.store", "data.num_workers", "data.device_share"),
 )
 
 
@@ -128,38 +114,28 @@ class DataConfig:
 
     def __post_init__(self):
         for name in ("mean", "std"):
-            if len(getattr(self, name)) == 1:
-                setattr(self, name, getattr(self, name) * self.channels)
-            _require(
-                len(getattr(self, name)) == self.channels,
-                f"data.{name} {getattr(self, name)} must have one number or data.channels ({self.channels})",
-            )
+            values = getattr(self, name) * (self.channels if len(getattr(self, name)) == 1 else 1)
+            setattr(self, name, values)
+            right = len(values) == self.channels
+            _require(right, f"data.{name} {values} must have one number or data.channels ({self.channels})")
         for name in ("source", "cache_dir", "download_dir"):
-            path = getattr(self, name)
-            _require(
-                path != "", f"data.{name} is empty; name a folder" + (" or a known set" if name == "source" else "")
-            )
+            path, more = getattr(self, name), " or a known set" if name == "source" else ""
+            _require(path != "", f"data.{name} is empty; name a folder{more}")
             known = path is None or not os.path.expanduser(path).startswith("~")
             _require(known, f"data.{name} {path!r}: there is no user of this name here")
-        random = ("flip", "pad_crop", "random_resized_crop", "color_jitter", "trivial_augment", "random_erasing")
-        _require(
-            not self.views_per_image or any(getattr(self, name) for name in (*random, "mixup", "cutmix")),
-            f"data.views_per_image {self.views_per_image}: no random view is asked for; set data.flip or another, or 0",
-        )
-        _require(
-            not (self.pad_crop and self.random_resized_crop),
-            "data.pad_crop and data.random_resized_crop both crop; set one of them to 0",
-        )
+        shapes, colours = (self.flip, self.pad_crop, self.random_resized_crop), (self.color_jitter, self.random_erasing)
+        some, count = any((*shapes, *colours, self.trivial_augment, self.mixup, self.cutmix)), self.views_per_image
+        _require(some or not count, f"data.views_per_image {count}: no view is random; set data.flip or another, or 0")
+        both = self.pad_crop and self.random_resized_crop
+        _require(not both, "data.pad_crop and data.random_resized_crop both crop; set one of them to 0")
         jitter = self.color_jitter
         _require(
             len(jitter) in (0, 4) and max([0, *jitter[3:]]) <= 0.5,
             f"data.color_jitter {jitter} must have four numbers (brightness, contrast, saturation, hue; the "
             "last up to 0.5), or none",
         )
-        _require(
-            not (self.crop and self.resize) or self.crop <= self.resize,
-            f"data.crop {self.crop} is larger than data.resize {self.resize}",
-        )
+        fits = not (self.crop and self.resize) or self.crop <= self.resize
+        _require(fits, f"data.crop {self.crop} is larger than data.resize {self.resize}")
 
 
 @dataclass
@@ -242,7 +218,7 @@ class TrainConfig:
     sync_batch_norm: bool = False
     """batch norm over the images of all processes (GPUs only); false: each over its own, the first's are kept"""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto is what `accelerate launch` was told, else bf16 on a GPU that has it, else no"""
+    """auto is what `accelerate launch` was given, else bf16 on a GPU that has it, else no"""
     compile: Literal["auto"] | bool = "auto"
     """compile student and losses into one step, which changes rounding; auto does not: CPUs were no faster for it, GPUs
     were not measured (docs/step.md)"""
@@ -263,35 +239,33 @@ class TrainConfig:
     """use only deterministic algorithms on a GPU (slower there; a CPU always does)"""
 
     def __post_init__(self):
-        _require(
-            self.accumulate <= self.data.batch_size,
-            f"accumulate {self.accumulate} must be from 1 to data.batch_size ({self.data.batch_size})",
-        )
+        most = self.data.batch_size
+        _require(self.accumulate <= most, f"accumulate {self.accumulate} must be from 1 to data.batch_size ({most})")
         for loss in (term.loss if isinstance(term, Term) else term for term in self.losses):
             name, whole = type(loss).__name__, "_modules" in vars(loss) and hasattr(loss, "weight")
             _require(whole, f"losses: __init__ of {name} does not call super().__init__(weight)")
             _require(type(loss).forward is not Loss.forward, f"losses: {name} has no forward")
-        whole = [loss.name for loss in self.losses if loss.sees_batch]
+        whole = ", ".join(loss.name for loss in self.losses if loss.sees_batch)
         _require(
             self.accumulate == 1 or not whole,
-            f"accumulate {self.accumulate}: {', '.join(whole)} compares the images of a whole batch and would "
-            "see a part of it; set accumulate 1, or leave it out",
+            f"accumulate {self.accumulate}: {whole} compares the images of a whole batch and would see a part of it; "
+            "set accumulate 1, or leave it out",
         )
-        hard = [loss.name for loss in self.losses if loss.hard_labels]
+        hard = ", ".join(loss.name for loss in self.losses if loss.hard_labels)
         mixing = " and ".join(f"data.{name}" for name in ("mixup", "cutmix") if getattr(self.data, name))
         _require(
             not (mixing and hard),
-            f"{mixing} gives images labels of two classes, and {', '.join(hard)} needs one class per image; set it to "
-            "0, or leave out the loss",
+            f"{mixing} gives images labels of two classes, and {hard} needs one class per image; set it to 0, or leave "
+            "out the loss",
         )
         _require(self.output_dir != "", "output_dir is empty; name a folder")
         _require(not (self.init_from and self.weights), "give init_from or weights, not both")
         _require(self.select == "last" or self.data.val_fraction > 0, "select best needs data.val_fraction above 0")
 
-    def _compare_with_teacher(self) -> list[str]:
+    def _compare_with_teacher(self) -> str:
         """Names of the losses that take an output of a teacher outside the learner."""
         terms = map(Term.of, self.losses)
-        return [term.name for term in terms if term.needs_teacher and term.teacher == "teacher"]
+        return ", ".join(term.name for term in terms if term.needs_teacher and term.teacher == "teacher")
 
 
 @dataclass
@@ -299,10 +273,7 @@ class _Trained:
     """What `train_teacher.py` alone takes; bases that stand last come first in help and recipes."""
 
     model: str = "resnet18"
-    """deep_nn, light_nn, deeper_cnn, mnist_teacher, mnist_student; of the CIFAR-100 comparison resnet8, resnet14,
-    resnet20, resnet32, resnet44, resnet56, resnet110, resnet8x4, resnet32x4, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2,
-    vgg8, vgg13_cifar, mobilenet_v2_half, shufflenet_v1, shufflenet_v2_cifar; of He et al. cifar10_resnet20,
-    cifar10_resnet32, cifar10_resnet44, cifar10_resnet56; any torchvision classifier; or an import path"""
+    """a network such as light_nn or resnet8, or an import path; python -m kd.models lists ours and torchvision's"""
 
 
 @dataclass
@@ -310,12 +281,11 @@ class TeacherConfig(TrainConfig, _Trained):
     """Train one network on labels: a teacher, or a student alone."""
 
     output_dir: str = "runs/teacher"
-    """the run folder; $NAME in it is the environment's, $$ is a dollar"""
 
     def __post_init__(self):
         super().__post_init__()
         comparing = self._compare_with_teacher()
-        _require(not comparing, f"losses: {', '.join(comparing)} needs a teacher; use distill.py --teacher RUN")
+        _require(not comparing, f"losses: {comparing} needs a teacher; use distill.py --teacher RUN")
 
 
 @dataclass
@@ -323,10 +293,7 @@ class _Distilled:
     """What `distill.py` alone takes."""
 
     student: str = "mobilenet_v3_small"
-    """deep_nn, light_nn, deeper_cnn, mnist_teacher, mnist_student; of the CIFAR-100 comparison resnet8, resnet14,
-    resnet20, resnet32, resnet44, resnet56, resnet110, resnet8x4, resnet32x4, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2,
-    vgg8, vgg13_cifar, mobilenet_v2_half, shufflenet_v1, shufflenet_v2_cifar; of He et al. cifar10_resnet20,
-    cifar10_resnet32, cifar10_resnet44, cifar10_resnet56; any torchvision classifier; or an import path"""
+    """a network such as light_nn or resnet8, or an import path; python -m kd.models lists ours and torchvision's"""
     teacher: str | list[str] = ""
     """run folder of the teacher, or a torchvision classifier with its ImageNet weights; a list for several"""
     teacher_mean: Literal["logits", "probabilities"] = "logits"
@@ -338,15 +305,14 @@ class DistillConfig(TrainConfig, _Distilled):
     """Train a student on what teachers give, on labels, or on what it gives itself."""
 
     output_dir: str = "runs/student"
-    """the run folder; $NAME in it is the environment's, $$ is a dollar"""
 
     def __post_init__(self):
         super().__post_init__()
         comparing = self._compare_with_teacher()
         _require(
             not comparing or bool(self.teacher),
-            f"teacher is not given, and {', '.join(comparing)} compares with one; name a run folder (or several) or a "
-            "torchvision classifier, or join outputs of the learner by a Term",
+            f"teacher is not given, and {comparing} compares with one; name a run folder (or several) or a torchvision "
+            "classifier, or join outputs of the learner by a Term",
         )
 
 
@@ -387,16 +353,11 @@ class EvaluateConfig:
     def __post_init__(self):
         single = self.corruption not in (None, "all")
         _require(not single or self.severity is not None, f"corruption {self.corruption} needs a severity from 1 to 5")
-        _require(
-            single or self.severity is None,
-            f"severity {self.severity} needs one corruption; "
-            + ("all measures every severity" if self.corruption else "give one, such as --corruption blur"),
-        )
+        why = "all measures every severity" if self.corruption else "give one, such as --corruption blur"
+        _require(single or self.severity is None, f"severity {self.severity} needs one corruption; {why}")
         for pair in self.taps:
-            _require(
-                len(pair.split(":")) == 2 and all(pair.split(":")),
-                f"taps {pair!r} must be STUDENT_MODULE:TEACHER_MODULE, such as pool:pool",
-            )
+            right = len(pair.split(":")) == 2 and all(pair.split(":"))
+            _require(right, f"taps {pair!r} must be STUDENT_MODULE:TEACHER_MODULE, such as pool:pool")
 
 
 @dataclass
@@ -415,7 +376,7 @@ class AdoptConfig(_Trained):
     num_threads: Threads | None = None
     """CPU threads; null for all cores, or $OMP_NUM_THREADS"""
     overwrite: bool = False
-    """delete what an earlier run left in output_dir and start anew"""
+    """delete what an earlier run left in output_dir and start from the beginning"""
 
     def __post_init__(self):
         _require(self.weights != "", "weights is empty; name the file of the trained weights")

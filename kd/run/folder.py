@@ -27,15 +27,8 @@ from kd.util.contents import read_choices, read_config, read_inputs
 from kd.util.errors import UserError, say
 from kd.util.files import delete, write_atomic
 
-FILES = (
-    "config.yaml",
-    "inputs.json",
-    "model.safetensors",
-    "config.json",
-    "metrics.jsonl",
-    "summary.json",
-    "tracker.json",
-)
+FILES = ("config.yaml", "inputs.json", "model.safetensors", "config.json", "metrics.jsonl", "summary.json",
+         "tracker.json")  # fmt: skip
 _STEP = f"step_{'[0-9]' * 8}"
 # What a run and its trackers and exports write beside these; all else in the folder is the user's.
 _FOLDERS = {
@@ -80,8 +73,7 @@ class Run:
 
     def __init__(self, folder: str, config: dict, overwrite: bool, is_main: bool):
         self.folder, self.config, self.overwrite, self.is_main = Path(folder), config, overwrite, is_main
-        self._lock = None
-        self._begun = False
+        self._lock, self._begun = None, False
         self.inputs: dict | None = None
         self._settled: dict[str, str] = {}
         if is_main:
@@ -133,12 +125,9 @@ class Run:
     def _check(self) -> None:
         """Refuse a folder that holds anything but this run, or a run to delete; changes nothing."""
         if not (self.folder / "config.yaml").is_file():
-            foreign = sorted(path.name for path in self.folder.iterdir() if path.name[0] != ".")
-            if foreign:
-                raise UserError(
-                    f"output_dir {str(self.folder)!r} holds files but no run ({', '.join(foreign[:3])}); "
-                    f"name a new folder"
-                )
+            if foreign := sorted(path.name for path in self.folder.iterdir() if path.name[0] != "."):
+                some = ", ".join(foreign[:3])
+                raise UserError(f"output_dir {str(self.folder)!r} holds files but no run ({some}); name a new folder")
             return
         try:
             self.inputs = read_inputs(self.folder)
@@ -161,11 +150,11 @@ class Run:
             self.inputs = None
 
     def begin(self, kept: Sequence[str] = ()) -> None:
-        """Delete an earlier run if asked to, and write the config: called when nothing is left that a user could have
-        got wrong, so that a mistake neither deletes a run nor takes a folder.
+        """Delete an earlier run where `overwrite` is set, and write the config: called when nothing is left that a user
+        could have got wrong, so that a mistake neither deletes a run nor takes a folder.
 
         Args:
-            kept: names of the networks that `keep` will write.
+            kept: names of the networks that `finish` will write beside its own.
         """
         self._begun = True
         if not self.is_main:
@@ -180,7 +169,7 @@ class Run:
                     folder.rmdir()
         new = self.overwrite or not (self.folder / "config.yaml").is_file()
         if new:
-            write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
+            write_atomic(self.folder / "config.yaml", self._config_yaml())
         if new or not ((self.folder / "inputs.json").is_file() or (self.folder / "checkpoints").is_dir()):
             self.inputs = {"overwrote": self.overwrite, "kept": list(kept), **(self.inputs or {})}
             write_atomic(self.folder / "inputs.json", (json.dumps(self.inputs, indent=2) + "\n").encode())
@@ -239,26 +228,31 @@ class Run:
             say(f"{self.folder} is finished already; nothing to do (--overwrite true starts it again)")
         return done
 
-    def keep(self, name: str, files: dict[str, bytes], summary: dict) -> None:
-        """Write another network's files, config and summary to a folder of its own below this one."""
-        if self.is_main:
-            folder = self.folder / name
-            folder.mkdir(exist_ok=True)
-            config = {**self.config, "output_dir": str(folder), "network": name}
-            for file, content in {**files, "config.yaml": yaml.safe_dump(config, sort_keys=False).encode()}.items():
-                write_atomic(folder / file, content)
-            summary = {**summary, "inputs": self.inputs}
-            write_atomic(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    def finish(self, files: dict[str, dict[str, bytes]], summaries: dict[str, dict]) -> None:
+        """Write each network's files and summary, with what it learned from; both by the network's name.
 
-    def finish(self, files: dict[str, bytes], summary: dict) -> None:
-        """Write the network's files and then, as the mark that all is done, the summary, with what it learned from."""
+        The first is the run's own, and its summary, the last that is written, the mark that all is done. Any other goes
+        to a folder of its name below, with a config, as a finished run of its own.
+        """
         self.require()
-        if self.is_main:
-            for name, content in files.items():
-                write_atomic(self.folder / name, content)
-            summary = {**summary, "inputs": self.inputs}
-            write_atomic(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-            say(f"wrote {self.folder}/: {', '.join(sorted(p.name for p in self.folder.iterdir() if p.name[0] != '.'))}")
+        if not self.is_main:
+            return
+        first, *others = files
+        for name in (*others, first):
+            folder, written = self.folder, dict(files[name])
+            if name != first:
+                folder = self.folder / name
+                folder.mkdir(exist_ok=True)
+                written["config.yaml"] = self._config_yaml(output_dir=str(folder), network=name)
+            summary = {**summaries[name], "inputs": self.inputs}
+            written["summary.json"] = (json.dumps(summary, indent=2) + "\n").encode()
+            for file, content in written.items():
+                write_atomic(folder / file, content)
+        names = sorted(path.name for path in self.folder.iterdir() if path.name[0] != ".")
+        say(f"wrote {self.folder}/: {', '.join(names)}")
+
+    def _config_yaml(self, **more: str) -> bytes:
+        return yaml.safe_dump({**self.config, **more}, sort_keys=False).encode()
 
     def __enter__(self) -> Run:
         return self

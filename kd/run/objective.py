@@ -7,11 +7,12 @@ import importlib
 import inspect
 import json
 import re
+import sys
 
 import yaml
 
 from kd.losses import LOSSES, Loss
-from kd.students import Learner
+from kd.students import LEARNERS, Learner
 from kd.util.errors import UserError, unknown
 from kd.util.yaml_files import load_yaml
 
@@ -36,13 +37,12 @@ def change_losses(losses: list, flags: list[tuple[str, str]]) -> None:
 
 
 def _value(flag: str, text: str):
-    try:
+    with contextlib.suppress(ValueError):
         return json.loads(text)  # knows 1e-05, which YAML 1.1 takes for a word
-    except ValueError:
-        try:
-            return load_yaml(text)
-        except yaml.YAMLError:
-            raise UserError(f"--{flag}: {text[:200]!r} cannot be read as YAML") from None
+    try:
+        return load_yaml(text)
+    except yaml.YAMLError:
+        raise UserError(f"--{flag}: {text[:200]!r} cannot be read as YAML") from None
 
 
 def explain_loss(name: str) -> None:
@@ -50,8 +50,8 @@ def explain_loss(name: str) -> None:
     if name not in LOSSES:
         with contextlib.suppress(ImportError, ValueError):
             importlib.import_module(name.rpartition(".")[0])
-    short, found = name.rpartition(".")[2], _imported(name, Loss)
-    if found is None:
+    short, found = name.rpartition(".")[2], _imported(name)
+    if found is None or not issubclass(found, Loss):
         raise unknown("loss", name, LOSSES, "or the import path of your own, as my_package.MyLoss")
     print(f"{short}: {inspect.getdoc(found)}\n\nAdd it to a recipe: --losses+={name}\nChange it there:")
     for argument, parameter in arguments_of(name).items():
@@ -59,23 +59,17 @@ def explain_loss(name: str) -> None:
         print(f"    --losses.{short}.{argument} {default}")
 
 
-def _imported(name: str, base: type) -> type | None:
-    """A subclass that is imported by now, by its name or import path."""
-    for found in _subclasses(base):
-        names = (f"{found.__module__}.{found.__name__}", f"{base.__module__.rpartition('.')[0]}.{found.__name__}")
-        if name in (*names, found.__name__):
-            return found
-    return None
+def _imported(name: str) -> type | None:
+    """A loss or a learner by its name, or by its import path if that is imported by now: nothing is imported here."""
+    module, _, leaf = name.rpartition(".")
+    found = LOSSES.get(name) or LEARNERS.get(name) or getattr(sys.modules.get(module), leaf, None)
+    return found if isinstance(found, type) and issubclass(found, Loss | Learner) else None
 
 
 def arguments_of(name: str) -> dict[str, inspect.Parameter]:
     """The arguments of a loss or a learner; none where it is not known."""
-    found = _imported(name, Loss) or _imported(name, Learner)
+    found = _imported(name)
     return dict(inspect.signature(found).parameters) if found else {}
-
-
-def _subclasses(cls) -> list[type]:
-    return [sub for direct in cls.__subclasses__() for sub in (direct, *_subclasses(direct))]
 
 
 def with_defaults(losses: list[dict]) -> list[dict]:

@@ -7,7 +7,6 @@ import dataclasses
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from string import Template
 from typing import get_args, get_type_hints
@@ -153,8 +152,11 @@ def _read_flags(argv: list[str], fields: dict[str, type], positional: str | None
 
 def _check_recipe(file: str, recipe: dict, config_class) -> None:
     """Refuse what jsonargparse would take, or refuse in words that help nobody."""
-    fields = _fields(config_class)
-    for name, value in _flat(recipe):
+    fields, flat = _fields(config_class), {str(name): value for name, value in recipe.items()}
+    for group in ("data", "optimizer"):
+        inner = recipe.get(group)
+        flat |= {f"{group}.{name}": value for name, value in inner.items()} if isinstance(inner, dict) else {}
+    for name, value in flat.items():
         if name not in fields:
             others = [script for kind, script in _SCRIPTS.items() if name in _fields(kind)]
             if others:
@@ -169,14 +171,6 @@ def _check_recipe(file: str, recipe: dict, config_class) -> None:
             raise UserError(f"{file}: losses: {loss!r} is neither a name nor class_path and init_args")
         if isinstance(loss, dict) and loss.get("init_args", {}) is None:
             raise UserError(f"{file}: losses: {loss['class_path']}: init_args is empty; leave it out for the defaults")
-
-
-def _flat(recipe: dict) -> Iterator[tuple[str, object]]:
-    """A recipe's fields by their dotted names, groups of fields among them."""
-    for name, value in recipe.items():
-        yield str(name), value
-        if name in ("data", "optimizer") and isinstance(value, dict):
-            yield from ((f"{name}.{inner}", each) for inner, each in value.items())
 
 
 def _for_jsonargparse(flags: list[tuple[str, str]]) -> list[str]:
@@ -221,11 +215,7 @@ def differing_fields(old: dict, new: dict) -> list[str]:
 
 def _default(name: str):
     """The default of a config's dotted field; None where there is none."""
-    path, _, leaf = name.rpartition(".")
+    group, _, leaf = name.rpartition(".")
     kinds = {"": (DistillConfig, TeacherConfig), "data": (DataConfig,), "optimizer": (OptimizerConfig,)}
-    for field in (field for kind in kinds.get(path, ()) for field in dataclasses.fields(kind)):
-        if field.name == leaf and field.default is not dataclasses.MISSING:
-            return field.default
-        if field.name == leaf and field.default_factory is not dataclasses.MISSING:
-            return field.default_factory()
-    return None
+    defaults = (getattr(kind(), leaf, None) for kind in kinds.get(group, ()))
+    return next((default for default in defaults if default is not None), None)

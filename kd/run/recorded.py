@@ -1,15 +1,17 @@
-"""The data settings in a run's config.yaml, as another command takes them: checked, and on this machine's own terms."""
+"""What a run's config.yaml names: its data, as another command takes them on this machine, and others' networks."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
 from kd.run.config import FREE_FIELDS, DataConfig
 from kd.run.messages import explain
+from kd.util.contents import read_network
 from kd.util.errors import UserError
 
 _FIELDS = [f.name for f in dataclasses.fields(DataConfig)]
@@ -38,3 +40,16 @@ def recorded_data(settings: Mapping, run: str, **ours) -> DataConfig:
         return parser.instantiate_classes(parser.parse_object({"data": {**given, **ours}})).data
     except (ValueError, TypeError, argparse.ArgumentError) as error:
         raise UserError(f"run {run!r} is damaged: config.yaml: {explain(str(error))}") from None
+
+
+def teachers_of(config: Mapping) -> list[str]:
+    """The teachers that a resolved config names."""
+    named = config.get("teacher") or []
+    return [named] if isinstance(named, str) else list(named)
+
+
+def weights_of(config: Mapping) -> dict[str, str]:
+    """The sha256 of the weights of each run folder that a resolved config learns from; each as it is named there."""
+    first = [config["init_from"]] if config.get("init_from") else []
+    named = [name for name in [*teachers_of(config), *first] if (Path(name) / "config.json").is_file()]
+    return {name: read_network(Path(name))["sha256"] for name in named}

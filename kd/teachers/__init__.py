@@ -114,12 +114,6 @@ class Teachers(nn.Module):
         """Logits (B, K) of the only member, or of the mean of all."""
         return self.outputs(inputs)[self.names[-1]].logits
 
-    def feature_shapes(self, image_shape: tuple[int, int, int]) -> dict[str, dict[str, tuple]]:
-        """Shapes of the tapped features for one blank image, by name and tap, without the batch axis."""
-        image = torch.zeros(1, *image_shape, dtype=torch.uint8, device=next(self.parameters()).device)
-        outputs = self.outputs({"image": image})
-        return {n: {tap: tuple(f.shape[1:]) for tap, f in part.features.items()} for n, part in outputs.items()}
-
 
 def columns(outputs: dict[str, Outputs]) -> dict[str, Tensor]:
     """Outputs by name as the columns of a batch that `Teachers.forward` looks for."""

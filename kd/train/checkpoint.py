@@ -55,13 +55,7 @@ class Progress:
 
 
 def save_checkpoint(folder: Path, progress: Progress, tensors: dict[str, dict[str, Tensor]]) -> Path:
-    """Write `folder/step_N` whole or not at all, then drop all but the newest two.
-
-    Args:
-        folder: the run's `checkpoints`.
-        progress: goes into `state.json`.
-        tensors: file stem to named tensors.
-    """
+    """Write `folder/step_N`, of named tensors by file stem, whole or not at all, then drop all but the newest two."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step_{progress.step:08d}"
     for left in folder.iterdir():  # by a kill, of this step or another
@@ -96,30 +90,24 @@ def checkpoints(folder: Path) -> list[Path]:
 def load_newest(folder: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]] | None:
     """The newest checkpoint whose checksums hold; None if there is none.
 
-    A damaged one is said and, by the main process, moved aside to `damaged_step_N`.
+    A damaged one is named and, by the main process, moved aside to `damaged_step_N` where the disk allows that.
     """
     for path in checkpoints(folder):
         try:
             return _load(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
             say(f"checkpoint {path} is damaged ({error}); using the one before it")
-        if is_main_process():
-            _move_aside(path)
+        if is_main_process():  # so that it no longer counts among the newest
+            aside = path.with_name(f"damaged_{path.name}")
+            delete(aside, folder)
+            with suppress(OSError):
+                os.rename(path, aside)
     return None
-
-
-def _move_aside(path: Path) -> None:
-    """Let a damaged checkpoint no longer count among the newest; it stays where the disk does not allow that."""
-    place = path.with_name(f"damaged_{path.name}")
-    delete(place, path.parent)
-    with suppress(OSError):
-        os.rename(path, place)
 
 
 def _load(path: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]:
     content = json.loads((path / "state.json").read_text())
-    own = content.pop("sha256_of_this")
-    if own != _digest(content):
+    if content.pop("sha256_of_this") != _digest(content):
         raise ValueError("state.json does not have its checksum")
     tensors = {}
     for name, digest in content["sha256"].items():
@@ -133,19 +121,14 @@ def _load(path: Path) -> tuple[Progress, dict[str, dict[str, Tensor]]]:
 
 def optimizer_tensors(optimizer) -> dict[str, Tensor]:
     """An optimizer's state as named tensors: `3.exp_avg` is that of the fourth parameter."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{number}.{key}": value
-        for number, entry in state.items()
-        for key, value in entry.items()
-        if isinstance(value, Tensor)
-    }
+    entries = optimizer.state_dict()["state"].items()
+    flat = {f"{number}.{key}": value for number, entry in entries for key, value in entry.items()}
+    return {name: value for name, value in flat.items() if isinstance(value, Tensor)}
 
 
 def load_optimizer_tensors(optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`; groups and learning rate stay those of the config."""
-    content = optimizer.state_dict()
-    content["state"] = {}
+    content = {**optimizer.state_dict(), "state": {}}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, tensor in tensors.items():
         number, key = name.split(".", 1)

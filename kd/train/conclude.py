@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from kd.data import Data
 from kd.measure import cost, metrics
@@ -30,36 +29,30 @@ def conclude(fitted: Fitted, data: Data, config, accelerator, run: Run) -> int:
     """
     if fitted.signal:
         return _stopped(fitted, accelerator)
-    networks, best = fitted.kept.networks, fitted.kept.best
-    measured, files, summaries = {}, {}, {}
+    networks, shared = fitted.kept.networks, _about(fitted, data, config, accelerator)
     standing = Standing(config, fitted.progress.standing)
-    shared = _about(fitted, data, config, accelerator)
+    measured, files, summaries = {}, {}, {}
     for name, network in networks.items():
-        epoch = fitted.progress.best.get(name, {}).get("epoch")
-        measured[name] = _measure(network, best.get(name), epoch, data, config, accelerator)
-        standing.conclude(name, measured[name].logits, measured[name].labels, fitted.progress.step)
+        logits, labels, results = _measure(name, network, fitted, data, config, accelerator)
+        standing.conclude(name, logits, labels, fitted.progress.step)
+        measured[name] = logits, labels
         files[name] = network.files()
-        summaries[name] = {
-            **measured[name].summary,
+        sizes = {
             "num_params": cost.num_params(network.network),
             "multiply_adds": cost.multiply_adds(network, data.image_shape),
             "bytes": len(files[name]["model.safetensors"]),
-            **shared,
         }
-    first, *others = networks
-    for name in others:
-        run.keep(name, files[name], summaries[name])
-    run.finish(files[first], summaries[first])
-    shown = None
+        summaries[name] = {**results, **sizes, **shared}
+    run.finish(files, summaries)
+    first, shown = next(iter(networks)), None
     if fitted.tracker.wants_outcome:
-        logits, labels = measured[first].logits, measured[first].labels
         teachers = _teachers(config, data, accelerator)
-        rows = hardest(data.test, logits, labels, data.classes, teachers, accelerator.device)
-        shown = Outcome(data.classes, logits, labels, rows)
+        rows = hardest(data.test, *measured[first], data.classes, teachers, accelerator.device)
+        shown = Outcome(data.classes, *measured[first], rows)
     fitted.tracker.finish(summaries[first], shown)
     for name in networks:
-        label = "test accuracy" if name == first and not others else f"test accuracy of {name}"
-        say(f"{label} {summaries[name]['test_accuracy']:.2f} %")
+        whose = f" of {name}" if len(networks) > 1 else ""
+        say(f"test accuracy{whose} {summaries[name]['test_accuracy']:.2f} %")
     return 0
 
 
@@ -71,45 +64,34 @@ def _stopped(fitted: Fitted, accelerator) -> int:
     return 128 + fitted.signal
 
 
-@dataclass
-class _Measured:
-    """What a network's chosen weights, which it has now, give on test: logits (N, K), labels (N,), and the results."""
+def _measure(name: str, network: nn.Module, fitted: Fitted, data: Data, config, accelerator):
+    """Measure a network's last weights and its best, where there are such; leaves it with those of `config.select`.
 
-    logits: Tensor
-    labels: Tensor
-    summary: dict
-
-
-def _measure(network: nn.Module, best, epoch: int | None, data: Data, config, accelerator) -> _Measured:
-    """Measure a network's last weights and its best, where there are such; leaves it with those of `config.select`."""
-    last = {name: tensor.detach().clone() for name, tensor in network.network.state_dict().items()}
-    size, results, logits_of = data.batch_size, {}, {}
-    for name, weights in (("best", best), ("last", last)):
+    Returns:
+        What these give on test, logits (N, K) and labels (N,), and the part of the summary on all of it.
+    """
+    last = {key: tensor.detach().clone() for key, tensor in network.network.state_dict().items()}
+    candidates = {"best": fitted.kept.best.get(name), "last": last}
+    results, logits = {}, {}
+    for which, weights in candidates.items():
         if not weights:
             continue
         network.network.load_state_dict(weights)
-        logits_of[name], labels = predict(network, data.test, size, accelerator)
-        results[name] = {
-            "test_accuracy": metrics.accuracy(logits_of[name], labels),
-            "test_nll": metrics.negative_log_likelihood(logits_of[name], labels),
-            "test_ece": metrics.calibration_error(logits_of[name], labels),
+        logits[which], labels = predict(network, data.test, data.batch_size, accelerator)
+        results[which] = {
+            "test_accuracy": metrics.accuracy(logits[which], labels),
+            "test_nll": metrics.negative_log_likelihood(logits[which], labels),
+            "test_ece": metrics.calibration_error(logits[which], labels),
         }
         if data.val is not None:
-            results[name]["val_accuracy"] = metrics.accuracy(*predict(network, data.val, size, accelerator))
+            found = predict(network, data.val, data.batch_size, accelerator)
+            results[which]["val_accuracy"] = metrics.accuracy(*found)
     if "best" in results:
-        results["best"]["epoch"] = epoch
-    if config.select == "best":
-        network.network.load_state_dict(best)
+        results["best"]["epoch"] = fitted.progress.best[name]["epoch"]
+    network.network.load_state_dict(candidates[config.select])
     chosen = results[config.select]
-    summary = {
-        "test_accuracy": chosen["test_accuracy"],
-        "val_accuracy": chosen.get("val_accuracy"),
-        "test_nll": chosen["test_nll"],
-        "test_ece": chosen["test_ece"],
-        "select": config.select,
-        **results,
-    }
-    return _Measured(logits_of[config.select], labels, summary)
+    names = ("test_accuracy", "val_accuracy", "test_nll", "test_ece")
+    return logits[config.select], labels, {**{n: chosen.get(n) for n in names}, "select": config.select, **results}
 
 
 def _about(fitted: Fitted, data: Data, config, accelerator) -> dict:

@@ -7,6 +7,7 @@ import fnmatch
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,15 @@ from kd.train.trial import scalar
 from kd.util.errors import UserError, unknown
 
 
+class _Pair(NamedTuple):
+    """What one loss joins: an output of the learner, and its teacher if there is one; its weight, and its turn."""
+
+    student: str
+    source: str | None
+    weight: float
+    turn: str | None
+
+
 class Distiller(nn.Module):
     """Learner and losses behind one `forward`, so that what a loss learns is in the optimizer, in DDP and in the
     checkpoint by construction.
@@ -28,7 +38,7 @@ class Distiller(nn.Module):
         losses: the terms; a loss alone is one for `student` from `teacher`. Two of one name are told apart by a number.
         teachers: a `kd.teachers.Teachers`, which is tapped for the features that the losses need; not kept.
         image_shape: (C, H, W) of the stored images, from which the features' shapes are found.
-        setting: what the losses are told, without the shapes.
+        setting: what the losses are set up with, without the shapes.
         seed: of the first weights of what the losses learn.
 
     Attributes:
@@ -50,87 +60,73 @@ class Distiller(nn.Module):
         super().__init__()
         if not losses:
             raise UserError("no loss is given; add one to losses, for example CrossEntropy")
-        self.learner = learner
-        self.losses = nn.ModuleDict()
-        self._joins: dict[str, tuple[str, str | None]] = {}
-        self._weights: dict[str, float] = {}
-        self._turns: dict[str, str | None] = {}
-        self._words = []
-        for term in map(Term.of, losses):
-            self._add(term, teachers)
-        joined = {student for student, _ in self._joins.values()}
-        if idle := [name for name in learner.names if name not in joined and name not in learner.untrained]:
+        self.learner, self.losses, self._pairs = learner, nn.ModuleDict(), {}
+        self._words = [self._add(term, teachers) for term in map(Term.of, losses)]
+        joined = {*learner.untrained, *(pair.student for pair in self._pairs.values())}
+        if idle := [name for name in learner.names if name not in joined]:
             raise UserError(f"no term of losses trains {', '.join(idle)}; add one, for example a Term of CrossEntropy")
         self._connect(teachers, image_shape, setting or Setting(), seed)
         # DistributedDataParallel need not send what the losses keep equal themselves, a memory bank for example.
-        self._ddp_params_and_buffers_to_ignore = [
-            f"losses.{name}.{buffer}" for name, loss in self.losses.items() for buffer in loss.replicated
-        ]
+        kept_equal = ((name, buffer) for name, loss in self.losses.items() for buffer in loss.replicated)
+        self._ddp_params_and_buffers_to_ignore = [f"losses.{name}.{buffer}" for name, buffer in kept_equal]
 
-    def _add(self, term: Term, teachers: nn.Module | None) -> None:
-        """Give each pair of names that a term joins a loss of its own."""
-        names = self.learner.names
-        known = [*(teachers.names if teachers is not None else ()), *names]
-        trained = [name for name in names if name not in self.learner.untrained]
+    def _add(self, term: Term, teachers: nn.Module | None) -> str:
+        """Give each pair of names that a term joins a loss of its own; returns the term in words."""
+        learner = self.learner
+        trained = [name for name in learner.names if name not in learner.untrained]
+        known = [*(teachers.names if teachers is not None else ()), *learner.names]
         students = fnmatch.filter(trained, term.student)
+        sources = fnmatch.filter(known, term.teacher) if term.needs_teacher else [None]
+        pairs = [(student, source) for student in students for source in sources if source != student]
         if not students:
             raise unknown(f"student of {term.name}", term.student, trained, "set it with a Term around the loss")
-        pairs = [(student, None) for student in students]
-        if term.needs_teacher:
-            found = fnmatch.filter(known, term.teacher)
-            pairs = [(student, source) for student in students for source in found if source != student]
-        if term.turn is not None and term.turn not in self.learner.turns:
-            raise unknown(f"turn of {term.name}", term.turn, self.learner.turns, "these are the learner's")
+        if term.turn is not None and term.turn not in learner.turns:
+            raise unknown(f"turn of {term.name}", term.turn, learner.turns, "these are the learner's")
         if not pairs and teachers is None and term.teacher == "teacher":
             raise UserError(f"losses: {term.name} needs a teacher; give one with distill.py --teacher RUN")
         if not pairs:
             raise unknown(f"teacher of {term.name}", term.teacher, known, "of the learner's outputs and the teachers")
-        labels: list[str] = []
         for student, source in pairs:
-            name = term.name if len(pairs) == 1 and not term.words() else f"{term.name}[{student}"
-            if name != term.name:
-                name += f"<{source}]" if source else "]"
-            count = sum(other == name or other.startswith(name + "_") for other in self.losses)
-            name = f"{name}_{count + 1}" if count else name
-            labels.append(name)
-            self.losses[name] = term.loss if len(pairs) == 1 else copy.deepcopy(term.loss)
-            self._joins[name] = student, source
-            self._turns[name] = term.turn
-            self._weights[name] = term.weight / sum(one == student for one, _ in pairs)
-        label = labels[0] if len(labels) == 1 else f"{term.name}{term.words()}"
-        self._words.append(f"{term.weight:g} * {label}{_arguments(term.loss)}")
+            name = term.name
+            if len(pairs) > 1 or term.words():
+                name += f"[{student}<{source}]" if source else f"[{student}]"
+            if count := sum(other == name or other.startswith(name + "_") for other in self.losses):
+                name += f"_{count + 1}"
+            self.losses[name] = copy.deepcopy(term.loss) if len(pairs) > 1 else term.loss
+            weight = term.weight / sum(one == student for one, _ in pairs)
+            self._pairs[name] = _Pair(student, source, weight, term.turn)
+        label = name if len(pairs) == 1 else f"{term.name}{term.words()}"
+        return f"{term.weight:g} * {label}{_arguments(term.loss)}"
 
     def _connect(self, teachers: nn.Module | None, image_shape, setting: Setting, seed: int) -> None:
         """Tap the networks for the losses, and let the losses build what they learn."""
-        names = self.learner.names
         taps: dict[str, set[str]] = {}
-        for name, loss in self.losses.items():
-            student, source = self._joins[name]
-            taps.setdefault(student, set()).update(loss.student_taps)
-            if source is not None:
-                taps.setdefault(source, set()).update(loss.teacher_taps)
-        for name, wanted in taps.items():
-            (self.learner if name in names else teachers).tap(name, sorted(wanted))
+        for name, pair in self._pairs.items():
+            taps.setdefault(pair.student, set()).update(self.losses[name].student_taps)
+            if pair.source is not None:
+                taps.setdefault(pair.source, set()).update(self.losses[name].teacher_taps)
         self.learner.used = frozenset(taps)
-        shapes: dict[str, dict[str, tuple]] = {name: {} for name in taps}
-        if any(taps[name] for name in taps if name in names):
-            shapes |= _feature_shapes(self.learner, image_shape)
-        if teachers is not None and any(taps[name] for name in taps if name not in names):
-            shapes |= teachers.feature_shapes(image_shape)
-        network = next(iter(self.learner.networks.values()))
-        setting = replace(setting, num_classes=len(network.classes))
+        shapes: dict[str | None, dict[str, tuple]] = {None: {}, **{name: {} for name in taps}}
+        mine = {name: wanted for name, wanted in taps.items() if name in self.learner.names}
+        theirs = {name: wanted for name, wanted in taps.items() if name not in mine}
+        for owner, part in ((self.learner, mine), (teachers, theirs)):
+            for name, wanted in part.items():
+                owner.tap(name, sorted(wanted))
+            if any(part.values()):
+                shapes |= _feature_shapes(owner, image_shape)
+        setting = replace(setting, num_classes=len(next(iter(self.learner.networks.values())).classes))
         torch.manual_seed(keyed.key(seed, keyed.Purpose.FIRST_WEIGHTS) & (2**63 - 1))
-        for name, loss in self.losses.items():
-            student, source = self._joins[name]
+        for name, pair in self._pairs.items():
+            own = replace(setting, student_shapes=shapes[pair.student], teacher_shapes=shapes[pair.source])
             try:
-                loss.setup(replace(setting, student_shapes=shapes[student], teacher_shapes=shapes.get(source, {})))
+                self.losses[name].setup(own)
             except ValueError as error:
                 raise UserError(str(error)) from None
 
     @property
     def needs_teacher(self) -> bool:
         """Whether a term joins a teacher outside the learner."""
-        return any(source not in (None, *self.learner.names) for _, source in self._joins.values())
+        return any(pair.source not in (None, *self.learner.names) for pair in self._pairs.values())
 
     def forward(self, batch: Batch, teachers: dict[str, Outputs]) -> dict[str, Tensor]:
         """The weighted terms, each a float32 scalar, the mean over this process's images.
@@ -141,14 +137,14 @@ class Distiller(nn.Module):
         outputs = {name: part.float() for name, part in self.learner(batch).items()}
         # Half precision has too few bits for a logarithm of a small probability: losses always run in float32.
         with torch.autocast(batch.labels.device.type, enabled=False):
-            names = [name for name in self.losses if self._turns[name] in (None, batch.turn)]
-            return {name: self._weights[name] * self._value(name, outputs, teachers, batch) for name in names}
+            pairs = {name: pair for name, pair in self._pairs.items() if pair.turn in (None, batch.turn)}
+            return {name: pair.weight * self._value(name, outputs, teachers, batch) for name, pair in pairs.items()}
 
     def _value(self, name: str, outputs: dict[str, Outputs], teachers: dict[str, Outputs], batch: Batch) -> Tensor:
-        loss, (student_name, source) = self.losses[name], self._joins[name]
-        student, teacher = outputs[student_name], None
-        if source is not None:
-            teacher = teachers[source] if source in teachers else outputs[source].detach()
+        loss, pair = self.losses[name], self._pairs[name]
+        student, teacher = outputs[pair.student], None
+        if pair.source is not None:
+            teacher = teachers[pair.source] if pair.source in teachers else outputs[pair.source].detach()
             student = student.of_classes(teacher.classes)
         share = 1.0
         if batch.labelled is not None and (loss.reads_labels or loss.hard_labels):
@@ -165,19 +161,16 @@ class Distiller(nn.Module):
 
 
 @torch.no_grad()
-def _feature_shapes(learner: Learner, image_shape: tuple[int, int, int]) -> dict[str, dict[str, tuple]]:
-    """Shapes of the outputs' features for one blank image, by output and tap, without the batch axis."""
-    modes = {module: module.training for module in learner.modules()}
-    device = next(learner.parameters()).device
+def _feature_shapes(network: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, dict[str, tuple]]:
+    """Shapes of a learner's or teachers' features for one blank image, by output and tap, without the batch axis."""
+    modes = {module: module.training for module in network.modules()}
+    device = next(network.parameters()).device
     image = torch.zeros(1, *image_shape, dtype=torch.uint8, device=device)
     index = torch.zeros(1, dtype=torch.int64, device=device)
-    outputs = learner.eval()(Batch({"image": image}, index, index))
+    outputs = network.eval()(Batch({"image": image}, index, index))
     for module, training in modes.items():
         module.training = training
-    return {
-        name: {tap: tuple(feature.shape[1:]) for tap, feature in part.features.items()}
-        for name, part in outputs.items()
-    }
+    return {name: {tap: tuple(f.shape[1:]) for tap, f in part.features.items()} for name, part in outputs.items()}
 
 
 def _arguments(loss: Loss) -> str:

@@ -11,15 +11,15 @@ from kd.data import Data, TrainBatches
 from kd.run.folder import Run
 from kd.teachers import Teachers
 from kd.track import Tracker
+from kd.train import zero
 from kd.train.checkpoint import Progress, load_newest, save_checkpoint
 from kd.train.distiller import Distiller
-from kd.train.engine import Engine, make_engine
+from kd.train.engine import Engine, ZeroEngine
 from kd.train.kept import Best, Kept
-from kd.train.meter import not_finite
 from kd.train.optim import learning_rate, total_steps
 from kd.train.recorder import Recorder
 from kd.train.standing import Standing
-from kd.train.step import Stepper
+from kd.train.step import take_step
 from kd.util.errors import UserError, say
 from kd.util.gathers import all_finite
 from kd.util.processes import StopSignal, answering_roll_calls
@@ -54,16 +54,17 @@ def fit(
     """
     run.begin(kept=list(distiller.learner.networks)[1:])
     accelerator.wait_for_everyone()
-    engine = make_engine(distiller, config, accelerator)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    engine = (ZeroEngine if zero.wanted(world) else Engine)(distiller, config, accelerator)
     data = data.on_device(accelerator.device, config.data.device_share)
-    batches = _batches(data, config, accelerator)
-    per_epoch, received = batches.steps_per_epoch, 0
-    total = total_steps(config, data)
-    progress, best = _resume(engine, accelerator, run)
+    batches = TrainBatches(
+        data.train, data.batch_size, config.seed, rank, world, data.views, config.accumulate, len(data.classes)
+    )
+    per_epoch, total, received = batches.steps_per_epoch, total_steps(config, data), 0
+    progress, best = _resume(run, engine)
     kept = Kept(distiller.learner, accelerator, best, data.train, config.accumulate)
     standing = Standing(config, progress.standing)
     recorder = Recorder(distiller, config, accelerator, run, total, batches.images_seen, progress)
-    take_step = Stepper(engine, teachers, batches, config.seed, recorder.meter)
     distiller.train()
     with StopSignal(config.peer_timeout) as stop, answering_roll_calls():
         while progress.step < total and not received:
@@ -71,17 +72,19 @@ def fit(
             epoch_ends = progress.step % per_epoch == 0 or progress.step == total
             logs = progress.step % config.log_every == 0 or epoch_ends
             lr = learning_rate(config.optimizer, step, total, per_epoch)
-            norm = take_step(step, lr, wants_norm=logs)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = lr
+            norm = take_step(engine, teachers, batches, recorder.meter, config.seed, step, logs)
             recorder.step(progress.step, epoch := step // per_epoch + 1)
             if logs:
                 recorder.interval(lr, norm)
             if epoch_ends:
                 kept.refresh()  # what is measured is what is saved
-                recorder.epoch(kept.validate(data.val, data.batch_size, epoch, progress.best, progress.step, standing))
+                recorder.epoch(kept.validate(data.val, data.batch_size, epoch, progress, standing))
             received = stop.agreed()
             due = progress.step % config.checkpoint_every == 0 if config.checkpoint_every else epoch_ends
             if received or due or progress.step == total:
-                _save(run, distiller, engine, accelerator, progress, recorder, kept.best, config.optimizer.lr)
+                _save(run, engine, progress, recorder, kept.best)
         if progress.step < total:  # stopped by a signal, which may be sent again
             stop.ignore_repeats()
     recorder.close()
@@ -92,51 +95,37 @@ def fit(
     return Fitted(kept, recorder.tracker, progress, 0 if progress.step == total else received)
 
 
-def _batches(data: Data, config, accelerator: Accelerator) -> TrainBatches:
-    return TrainBatches(
-        data.train,
-        data.batch_size,
-        config.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-        data.views,
-        config.accumulate,
-        len(data.classes),
-    )
-
-
-def _save(run: Run, distiller: Distiller, engine: Engine, accelerator, progress, recorder: Recorder, best: Best, lr):
+def _save(run: Run, engine: Engine, progress: Progress, recorder: Recorder, best: Best) -> None:
     run.require()
-    recorder.meter.check(accelerator, lr, recorder.saved_step)  # what is not finite must never be kept
-    if not all_finite(list(distiller.state_dict().values()), accelerator):
-        raise not_finite("the weights are", progress.step, lr, recorder.saved_step)
-    progress.sums, progress.metrics_bytes = recorder.meter.state(accelerator), recorder.tracker.num_bytes
-    progress.seconds = recorder.seconds
+    accelerator, meter = engine.accelerator, recorder.meter
+    meter.check()  # what is not finite must never be kept
+    if not all_finite(list(engine.distiller.state_dict().values()), accelerator):
+        raise meter.not_finite("the weights are", progress.step)
+    progress.sums, progress.seconds = meter.state(), recorder.seconds
+    progress.metrics_bytes = recorder.tracker.num_bytes
     progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     tensors = engine.tensors()
     if best:
         tensors["best"] = {f"{name}.{key}": value for name, state in best.items() for key, value in state.items()}
     if accelerator.is_main_process:
         save_checkpoint(run.folder / "checkpoints", progress, tensors)
-    recorder.saved_step = progress.step
+    meter.saved_step = progress.step
 
 
-def _resume(engine: Engine, accelerator, run: Run) -> tuple[Progress, Best]:
-    found = load_newest(run.folder / "checkpoints")
-    steps = accelerator.gather(torch.tensor([found[0].step if found else 0], device=accelerator.device)).tolist()
+def _resume(run: Run, engine: Engine) -> tuple[Progress, Best]:
+    accelerator, best = engine.accelerator, {}
+    progress, tensors = load_newest(run.folder / "checkpoints") or (Progress(), {})
+    steps = accelerator.gather(torch.tensor([progress.step], device=accelerator.device)).tolist()
     if len(set(steps)) > 1:
         raise UserError(
             f"the processes see different checkpoints in {run.folder} (steps {steps}); "
             f"put output_dir on a disk that all nodes share"
         )
-    if found is None:
-        return Progress(), {}
-    progress, tensors = found
-    engine.load(tensors)
-    if progress.scaler is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(progress.scaler)
-    say(f"resuming after step {progress.step}")
-    best: Best = {}
+    if tensors:
+        engine.load(tensors)
+        if progress.scaler is not None and accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(progress.scaler)
+        say(f"resuming after step {progress.step}")
     for key, value in tensors.get("best", {}).items():
         name, _, key = key.partition(".")
         best.setdefault(name, {})[key] = value

@@ -13,8 +13,7 @@ import numpy as np
 from kd.data import Data, load_data
 from kd.data.identity import changes, identity
 from kd.run.folder import Run
-from kd.run.recorded import recorded_data
-from kd.run.weights import teachers_of, weights_of
+from kd.run.recorded import recorded_data, teachers_of, weights_of
 from kd.util.contents import read_config
 from kd.util.errors import UserError, say
 
@@ -22,7 +21,7 @@ SPLITTING = ("split_seed", "val_fraction", "test_fraction")
 
 
 def remember(run: Run, config, data: Data) -> None:
-    """Let the run keep what it learns from; of one that resumes, compare. Says which teachers have seen what.
+    """Let the run keep what it learns from; of one that resumes, compare. Prints which teachers have seen what.
 
     Raises:
         UserError: the run began with other images, labels, or weights of others.
@@ -30,8 +29,8 @@ def remember(run: Run, config, data: Data) -> None:
     if not run.is_main:
         return
     for name in teachers_of(config.resolved):
-        if said := seen_by(name, config.data, data):
-            say(f"teacher {name!r} {said}")
+        if words := seen_by(name, config.data, data):
+            say(f"teacher {name!r} {words}")
     before = run.inputs
     run.inputs = {"data": identity(data), "weights": weights_of(config.resolved)}
     if before is None:
@@ -71,7 +70,7 @@ def seen_by(teacher: str, config, data: Data) -> str:
         return ""
     fields = {name: getattr(theirs, name) for name in (*SPLITTING, "num_train")}
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # what is said of the data has been said
+        with contextlib.redirect_stdout(io.StringIO()):  # notes on the data have been printed
             train = load_data(dataclasses.replace(config, **fields)).train
     except UserError:  # it has become too small for that
         return ""

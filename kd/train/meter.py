@@ -15,19 +15,28 @@ from kd.util.machine import peak_memory_mb
 
 
 class Meter:
-    """Means of the loss terms, which are read once a log interval; remembers the first step that was not finite."""
+    """Means of the loss terms, which are read once a log interval; remembers the first step that was not finite.
 
-    def __init__(self, names: list[str], device: torch.device, sums: dict, is_main: bool):
-        self.names = [*names, "loss"]
-        self._device = device
+    Args:
+        names: of the terms.
+        sums: what `state` gave in the checkpoint that the run resumes from.
+        lr: the learning rate, for errors.
+
+    Attributes:
+        saved_step: the step of the newest checkpoint, 0 where there is none.
+    """
+
+    def __init__(self, names: list[str], accelerator, sums: dict, lr: float, saved_step: int = 0):
+        self.names, self._accelerator, self._lr, self.saved_step = [*names, "loss"], accelerator, lr, saved_step
         self._kept: list[tuple[dict[str, Tensor], int, int]] = []  # terms, images, step
-        self._sums, self._images = dict.fromkeys(self.names, 0.0), dict.fromkeys(self.names, 0.0)
         self._bad, self._culprits = -1, []
-        self._epoch = {name: list(pair) for name, pair in sums.get("epoch", {}).items()}
-        self._interval_start, self._epoch_images, self._epoch_start = time.perf_counter(), 0.0, time.perf_counter()
-        if "interval" in sums and is_main:
-            for name, (total, images) in sums["interval"].items():
-                self._sums[name], self._images[name] = total, images
+        # by name the sum over images, and their number: of this process's interval, and of all processes' epoch
+        self._sums = {name: [0.0, 0.0] for name in self.names} | (
+            sums.get("interval", {}) if accelerator.is_main_process else {}
+        )
+        self._epoch = dict(sums.get("epoch", {}))
+        self._epoch_images, self._epoch_start = 0.0, time.perf_counter()
+        self._interval_start = self._epoch_start
 
     def add(self, terms: dict[str, Tensor], num_images: int, step: int) -> None:
         """Keep a step's terms; nothing is computed or read yet, so that a step costs next to nothing."""
@@ -46,51 +55,51 @@ class Meter:
                 bad = [name for name in terms if not math.isfinite(row[name])]
                 self._culprits = bad if len(bad) < len(terms) else []
             for name, value in row.items() if num_images else ():
-                self._sums[name] += value * num_images
-                self._images[name] += num_images
+                total, images = self._sums[name]
+                self._sums[name] = [total + value * num_images, images + num_images]
         self._kept.clear()
 
-    def _summed(self, accelerator) -> dict[str, list[float]]:
+    def _summed(self) -> dict[str, list[float]]:
         """The open sums over all processes, and over how many images each is."""
         self._read()
-        dtype = torch.float32 if self._device.type == "mps" else torch.float64
-        mine = torch.tensor([*self._sums.values(), *self._images.values()], dtype=dtype, device=self._device)
-        both = accelerator.reduce(mine, "sum").view(2, -1).T.tolist()
-        return dict(zip(self.names, both, strict=True))
+        device = self._accelerator.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        mine = torch.tensor(list(self._sums.values()), dtype=dtype, device=device)
+        return dict(zip(self._sums, self._accelerator.reduce(mine, "sum").tolist(), strict=True))
 
-    def check(self, accelerator, lr: float, saved_step: int | None) -> None:
+    def check(self) -> None:
         """Raise a UserError, on all processes, if any step since the start was not finite on any of them."""
         self._read()
-        steps = accelerator.gather(torch.tensor([self._bad], device=self._device)).tolist()
+        steps = self._accelerator.gather(torch.tensor([self._bad], device=self._accelerator.device)).tolist()
         if (first := min((step for step in steps if step >= 0), default=None)) is not None:
             where = [str(process) for process, step in enumerate(steps) if step == first]
             some = f" on process {', '.join(where)} of {len(steps)}" if len(where) < len(steps) else ""
-            raise not_finite("the loss is", first, lr, saved_step, some, self._culprits)
+            raise self.not_finite("the loss is", first, some, self._culprits)
 
-    def state(self, accelerator) -> dict:
+    def state(self) -> dict:
         """The open sums over all processes, for the checkpoint."""
-        return {"interval": self._summed(accelerator), "epoch": self._epoch}
+        return {"interval": self._summed(), "epoch": self._epoch}
 
-    def flush(self, accelerator, lr: float, saved_step: int | None, norm: Tensor) -> dict[str, float | None]:
+    def flush(self, norm: Tensor) -> dict[str, float | None]:
         """The terms' means over the interval's images, over all processes; starts the next interval.
 
         With them the norm of the last step's gradient, None where fp16 has overflowed, and the memory held at most.
         """
-        self.check(accelerator, lr, saved_step)
-        sums = self._summed(accelerator)
+        self.check()
+        sums = self._summed()
         images = sums["loss"][1]
-        for name, (total, count) in sums.items():
+        for name, pair in sums.items():
             before = self._epoch.get(name, (0.0, 0.0))
-            self._epoch[name] = [before[0] + total, before[1] + count]
+            self._epoch[name] = [a + b for a, b in zip(before, pair, strict=True)]
         now = time.perf_counter()
         row = {f"train/{name}": total / count for name, (total, count) in sums.items() if count}
         norm = (norm.full_tensor() if is_shared_out(norm) else norm).item()
         row["gradient_norm"] = norm if math.isfinite(norm) else None
         row["images_per_second"] = images / (now - self._interval_start)
-        row["peak_memory_mb"] = peak_memory_mb(self._device)
+        row["peak_memory_mb"] = peak_memory_mb(self._accelerator.device)
         self._epoch_images += images
         self._interval_start = now
-        self._sums, self._images = dict.fromkeys(self.names, 0.0), dict.fromkeys(self.names, 0.0)
+        self._sums = {name: [0.0, 0.0] for name in self.names}
         return row
 
     def end_epoch(self) -> dict[str, float]:
@@ -102,17 +111,14 @@ class Meter:
         self._epoch_start = self._interval_start = now
         return row
 
+    def not_finite(self, what: str, step: int, where: str = "", terms: Sequence[str] = ()) -> UserError:
+        """The error for a loss or weights that are not finite; says which checkpoint is kept.
 
-def not_finite(
-    what: str, step: int, lr: float, saved_step: int | None, where: str = "", terms: Sequence[str] = ()
-) -> UserError:
-    """The error for a loss or weights that are not finite; says which checkpoint is kept.
-
-    Args:
-        terms: those that are not finite where others are: then the weights were, and the formula is to blame.
-    """
-    kept = f"the checkpoint of step {saved_step} is kept" if saved_step else "there is no checkpoint yet"
-    remedy = f"lower --optimizer.lr (it is {lr:g}) or set --optimizer.clip_norm"
-    if terms:
-        remedy = f"only {', '.join(terms)} is: look for a logarithm, root or division of 0 in it"
-    return UserError(f"{what} not finite at step {step}{where}; {remedy}; {kept}")
+        Args:
+            terms: those that are not finite where others are: then the weights were, and the formula is to blame.
+        """
+        kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "there is no checkpoint yet"
+        remedy = f"lower --optimizer.lr (it is {self._lr:g}) or set --optimizer.clip_norm"
+        if terms:
+            remedy = f"only {', '.join(terms)} is: look for a logarithm, root or division of 0 in it"
+        return UserError(f"{what} not finite at step {step}{where}; {remedy}; {kept}")

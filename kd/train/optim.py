@@ -14,22 +14,12 @@ from kd.util.errors import UserError
 def make_optimizer(
     config: OptimizerConfig, distiller: nn.Module, device: torch.device, sharded: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimizer of everything in the distiller that is trained.
-
-    Args:
-        sharded: the parameters will be shared out by FSDP2, for which not every fused optimizer is made.
-
-    Raises:
-        UserError: nothing is trained.
-    """
+    """The optimizer of everything in the distiller that is trained; a UserError where that is nothing."""
     parameters = [p for p in distiller.parameters() if p.requires_grad]
     if not parameters:
         raise UserError("nothing is left to train; the whole network is frozen")
-    arguments = {
-        "lr": config.lr,
-        "weight_decay": config.weight_decay,
-        "fused": device.type in ("cuda", "cpu") and not sharded,
-    }
+    fused = device.type in ("cuda", "cpu") and not sharded  # not every fused optimizer takes what FSDP2 shares out
+    arguments = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": fused}
     if config.name == "sgd":
         return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.nesterov, **arguments)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name](parameters, **arguments)

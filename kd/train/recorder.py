@@ -19,32 +19,20 @@ class Recorder:
 
     Args:
         total: steps of the whole run.
-        images_seen: images shown by the end of a number of steps.
+        images_seen: from a number of steps to that of the images shown in them.
         progress: from where the run starts.
-
-    Attributes:
-        meter: the sums of the terms.
-        saved_step: the step of the newest checkpoint, None where there is none.
     """
 
     def __init__(
-        self,
-        distiller: Distiller,
-        config,
-        accelerator,
-        run,
-        total: int,
-        images_seen: Callable[[int], int],
-        progress: Progress,
+        self, distiller: Distiller, config, accelerator, run, total: int, images_seen: Callable, progress: Progress
     ):
-        self._config, self._accelerator, self._images_seen = config, accelerator, images_seen
+        self._epochs, self._images_seen = config.epochs, images_seen
         self.tracker = Tracker(accelerator, run, config, distiller.objective(), progress.metrics_bytes)
-        self.meter = Meter(list(distiller.losses), accelerator.device, progress.sums, accelerator.is_main_process)
-        self.saved_step = progress.step if progress.step else None
+        self.meter = Meter(list(distiller.losses), accelerator, progress.sums, config.optimizer.lr, progress.step)
         self._started = time.perf_counter() - progress.seconds
         hidden = None if accelerator.is_main_process else True
         self._bar = tqdm(total=total, initial=progress.step, unit="step", dynamic_ncols=True, disable=hidden)
-        self._place: dict[str, int] = {}
+        self._place = {}
 
     @property
     def seconds(self) -> float:
@@ -54,29 +42,26 @@ class Recorder:
     def step(self, step: int, epoch: int) -> None:
         """Move to the place after `step` steps, in an epoch counted from 1."""
         self._bar.update()
-        self._place = {"step": step, "epoch": epoch}
+        self._place = {"step": step, "epoch": epoch, "images_seen": self._images_seen(step)}
 
     def interval(self, lr: float, norm) -> None:
         """Log the means of the interval's terms; raises a UserError where one was not finite."""
-        row = self.meter.flush(self._accelerator, self._config.optimizer.lr, self.saved_step, norm)
-        place = {**self._place, "images_seen": self._images_seen(self._place["step"])}
-        self.tracker.log({**place, **row, "lr": lr})
-        self._bar.set_description(f"epoch {place['epoch']}/{self._config.epochs}", refresh=False)
+        row = self.meter.flush(norm)
+        self.tracker.log({**self._place, **row, "lr": lr})
+        self._bar.set_description(f"epoch {self._place['epoch']}/{self._epochs}", refresh=False)
         terms = [f"{k.removeprefix('train/')} {v:.4g}" for k, v in row.items() if k.startswith("train/")]
         self._bar.set_postfix_str("  ".join([*terms, f"{row['images_per_second']:,.0f} images/s"]))
 
     def epoch(self, validation: dict[str, float]) -> None:
         """Log the means of the epoch's terms and its validation, and print both."""
         row = self.meter.end_epoch() | validation
-        place = {**self._place, "images_seen": self._images_seen(self._place["step"])}
-        self.tracker.log({**place, **row})
-        skipped = ("epoch/loss", "epoch/images_per_second")
-        terms = [(key, value) for key, value in row.items() if key.startswith("epoch/") and key not in skipped]
-        terms = ", ".join(f"{key.removeprefix('epoch/')} {value:.4f}" for key, value in terms)
-        accuracies = [(key, value) for key, value in row.items() if key.endswith("accuracy")]
-        val = "".join(f"  {key.removesuffix('accuracy').replace('/', ' ')}{value:.2f} %" for key, value in accuracies)
-        speed = f"{row['epoch/images_per_second']:,.0f} images/s"
-        line = f"epoch {place['epoch']}/{self._config.epochs}  loss {row['epoch/loss']:.4f} ({terms}){val}  {speed}"
+        self.tracker.log({**self._place, **row})
+        names = [name for name in self.meter.names if name != "loss" and f"epoch/{name}" in row]
+        terms = ", ".join(f"{name} {row[f'epoch/{name}']:.4f}" for name in names)
+        accuracies = [(key.removesuffix("accuracy"), value) for key, value in row.items() if key.endswith("accuracy")]
+        val = "".join(f"  {key.replace('/', ' ')}{value:.2f} %" for key, value in accuracies)
+        where, speed = f"epoch {self._place['epoch']}/{self._epochs}", row["epoch/images_per_second"]
+        line = f"{where}  loss {row['epoch/loss']:.4f} ({terms}){val}  {speed:,.0f} images/s"
         say(line) if self._bar.disable else self._bar.write(line)
 
     def close(self) -> None:

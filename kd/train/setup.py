@@ -36,8 +36,8 @@ def make_accelerator(config) -> Accelerator:
     """The accelerator of this process.
 
     Raises:
-        UserError: the global batch size cannot be shared by the processes, or the launcher asks for an engine whose
-            state could not be saved whole.
+        UserError: the global batch size cannot be shared by the processes, or the launcher is set to an engine
+            whose state could not be saved whole.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if config.data.batch_size % world:
@@ -46,7 +46,8 @@ def make_accelerator(config) -> Accelerator:
             f"data.batch_size {config.data.batch_size} is not divisible by the {world} processes; "
             f"it is the global size, use for example {near}"
         )
-    stop_with_launcher()
+    if _launched():  # it passes on SIGTERM and SIGINT at most, and killed by another leaves its processes behind
+        end_with_parent()
     note_launcher(config.accumulate)
     set_threads(config.num_threads)
     keep_freed_memory()
@@ -81,7 +82,7 @@ def make_accelerator(config) -> Accelerator:
 
 
 def _sharding() -> FullyShardedDataParallelPlugin | None:
-    """FSDP2, where the launcher asks for it; see `accelerate_configs/fsdp2.yaml`."""
+    """FSDP2, where the launcher is set to it; see `accelerate_configs/fsdp2.yaml`."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -96,26 +97,16 @@ def _launched() -> bool:
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def stop_with_launcher() -> None:
-    """Let this process have SIGTERM when the launcher that started it dies, whatever of: then it saves and stops.
-
-    Launchers pass on SIGTERM and SIGINT at most; killed by anything else they leave the processes behind, training on
-    without a terminal. Linux only.
-    """
-    if _launched():
-        end_with_parent()
-
-
-def set_threads(asked: int | None = None) -> None:
-    """Use all cores of the CPU, shared by this machine's processes, unless the user said otherwise.
+def set_threads(wanted: int | None = None) -> None:
+    """Use so many threads, by default all cores of the CPU, shared by this machine's processes.
 
     Without a config file `accelerate launch` sets OMP_NUM_THREADS to 1, and so does torchrun: on a laptop most of the
     CPU would idle. A number of the user's own, other than 1, is kept.
     """
-    if asked is None and _launched() and on_cpu() and os.environ.get("OMP_NUM_THREADS") == "1":
-        asked = share_of_cores()
-    if asked is not None:
-        torch.set_num_threads(asked)
+    if wanted is None and _launched() and on_cpu() and os.environ.get("OMP_NUM_THREADS") == "1":
+        wanted = share_of_cores()
+    if wanted is not None:
+        torch.set_num_threads(wanted)
 
 
 def keep_freed_memory() -> None:
@@ -126,27 +117,25 @@ def keep_freed_memory() -> None:
     """
     if not on_cpu() or platform.libc_ver()[0] != "glibc":
         return
-    mmap_max, trim_threshold = -4, -1  # names of malloc.h
-    libc = ctypes.CDLL(None)
+    libc, mmap_max, trim_threshold = ctypes.CDLL(None), -4, -1  # names of malloc.h
     libc.mallopt(mmap_max, 0)
     libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def on_cpu() -> bool:
-    """Whether to compute on the CPU: the launcher said so, or there is nothing else.
+    """Whether to compute on the CPU: the launcher's switch is set, or there is nothing else.
 
-    Without being told, Accelerate starts no process group on a CPU under the torchrun launcher.
+    Accelerate itself starts no process group on a CPU under the torchrun launcher.
     """
-    told = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
-    return told or not torch.accelerator.is_available()
+    switch = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+    return switch or not torch.accelerator.is_available()
 
 
-def _precision(asked: str) -> str:
-    if asked != "auto":
-        return asked
-    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if told in ("bf16", "fp16"):
-        return told
+def _precision(wanted: str) -> str:
+    if wanted != "auto":
+        return wanted
+    if (launchers := os.environ.get("ACCELERATE_MIXED_PRECISION")) in ("bf16", "fp16"):
+        return launchers
     return "bf16" if not on_cpu() and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
 
 
@@ -165,7 +154,7 @@ def build_trained(name: str, data: Data, config) -> Classifier:
     """
     settings = config.data
     view = View(settings.resize, settings.crop, settings.channels, settings.mean, settings.std, data.image_shape[1:])
-    torch.manual_seed(config.seed)  # of the first weights
+    torch.manual_seed(config.seed)
     classifier = build_classifier(name, data.classes, view, config.model_args, config.weights, config.freeze_backbone)
     if config.init_from:
         first = load_classifier(config.init_from, trust=config.trust_code)
@@ -210,7 +199,7 @@ def build_distiller(learner: Learner, teachers: Teachers | None, data: Data, con
 
 
 def choose_batch_norm(distiller: Distiller, config, accelerator: Accelerator) -> None:
-    """Let batch norm see what `config.sync_batch_norm` says, and say it where it is not all of the global batch.
+    """Let batch norm see what `config.sync_batch_norm` sets, and print it where that is not all of the global batch.
 
     Raises:
         UserError: it is to be synchronised on a CPU.
@@ -219,7 +208,14 @@ def choose_batch_norm(distiller: Distiller, config, accelerator: Accelerator) ->
     world, several = accelerator.num_processes, accelerator.num_processes > 1
     if not layers or not (several or config.accumulate > 1):
         return
-    if several and config.sync_batch_norm:
+    images = -(-config.data.batch_size // (world * config.accumulate))
+    at_a_time = f"{images} images{' at a time' * (config.accumulate > 1)}"
+    if not several:
+        words = f"over {at_a_time}"
+    elif not config.sync_batch_norm:
+        words = f"local, over each process's own {at_a_time} (--sync_batch_norm true on GPUs)"
+    else:
+        words = f"synchronised, over the {world} processes' {at_a_time}"
         if accelerator.device.type == "cpu":
             raise UserError(
                 "sync_batch_norm true: torch's SyncBatchNorm runs on GPUs only; set it to false (each process "
@@ -227,14 +223,7 @@ def choose_batch_norm(distiller: Distiller, config, accelerator: Accelerator) ->
             )
         for layer in layers:  # not torch's convert_sync_batchnorm: its new modules lose their hooks, which are the taps
             layer.__class__, layer.process_group = nn.SyncBatchNorm, None
-    images = -(-config.data.batch_size // (world * config.accumulate))
-    at_a_time = f"{images} images at a time" if config.accumulate > 1 else f"{images} images"
-    if not several:
-        say(f"batch norm: over {at_a_time}")
-    elif config.sync_batch_norm:
-        say(f"batch norm: synchronised, over the {world} processes' {at_a_time}")
-    else:
-        say(f"batch norm: local, over each process's own {at_a_time} (--sync_batch_norm true on GPUs)")
+    say(f"batch norm: {words}")
 
 
 def compile_step(distiller: Distiller, config, accelerator: Accelerator, backend="inductor") -> None:
@@ -248,11 +237,10 @@ def compile_step(distiller: Distiller, config, accelerator: Accelerator, backend
     """
     if config.compile is not True:
         return
-    remedy = "install one, or set compile to false"
     if accelerator.is_fsdp2:
         raise UserError("compile true does not work with FSDP2; set it to false, or use DistributedDataParallel")
     if missing := missing_compiler(accelerator.device):
-        raise UserError(f"compile true needs {missing}; {remedy}")
+        raise UserError(f"compile true needs {missing}; install one, or set compile to false")
     torch.compiler.config.recompile_limit = 64  # sizes of batch by branches of losses that look at the epoch
     torch.compiler.config.dynamic_sources = r".*\.(epoch|step)"
     options = {"deterministic": True} if config.deterministic else None  # of inductor
@@ -268,23 +256,20 @@ def check_images(classifier: Classifier, data: Data, name: str) -> None:
         UserError: the network does not take images of the data's size.
     """
     image = torch.zeros(1, *data.image_shape, dtype=torch.uint8)
-    remedy = "set data.resize and data.crop"
+    wanted, was_training = getattr(classifier.network, "image_size", None), classifier.training
     try:
-        prepared = classifier.preprocess(image)
-        wanted = getattr(classifier.network, "image_size", None)
-        size = "x".join(str(n) for n in prepared.shape[2:])
-        if isinstance(wanted, int) and prepared.shape[2:] != (wanted, wanted):
-            square = prepared.shape[2] == prepared.shape[3]
-            remedy = f"set --data.resize {wanted}" + ("" if square else f" --data.crop {wanted}")
-            raise UserError(f"{name} takes images of {wanted}x{wanted} and gets {size}; {remedy}")
-        was_training = classifier.training
+        height, width = classifier.preprocess(image).shape[2:]
+        if isinstance(wanted, int) and (height, width) != (wanted, wanted):
+            crop = "" if height == width else f" --data.crop {wanted}"
+            gets = f"{name} takes images of {wanted}x{wanted} and gets {height}x{width}"
+            raise UserError(f"{gets}; set --data.resize {wanted}{crop}")
         logits = classifier.eval()(image)
         classifier.train(was_training)
     except UserError:
         raise
     except Exception as error:  # of any kind, where the network is of the user's own
-        shape = "x".join(str(n) for n in data.image_shape)
-        why = f"{described(error)}; {own_place(error) or remedy}"
+        shape = "x".join(map(str, data.image_shape))
+        why = f"{described(error)}; {own_place(error) or 'set data.resize and data.crop'}"
         raise UserError(f"{name} does not take the data's images ({shape}): {why}") from None
     if logits.shape != (1, len(data.classes)):
         raise UserError(
@@ -293,15 +278,18 @@ def check_images(classifier: Classifier, data: Data, name: str) -> None:
 
 
 def announce(distiller: Distiller, data: Data, config, accelerator: Accelerator) -> None:
-    """Say in a few lines what will be trained on what."""
+    """Print in a few lines what will be trained on what."""
     val = f"{len(data.val)} validation" if data.val else "no validation"
     counts = f"{len(data.train)} train, {val}, {len(data.test)} test images, {len(data.classes)} classes"
     say(f"data: {config.data.source}: {counts}")
     if not data.views.plain:
         say(f"views: {data.views.words()}")
     for name, network in distiller.learner.networks.items():
+        total = sum(p.numel() for p in network.parameters())
+        frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
+        some = f", {frozen:,} of them frozen" if frozen else ""
         label = "network" if name == "student" else name
-        say(f"{label}: {network.recipe['model']}, {_sizes(network)}")
+        say(f"{label}: {network.recipe['model']}, {total:,} parameters{some}")
     say(f"objective: {distiller.objective()}")
     world, batch = accelerator.num_processes, data.batch_size
     shares = f"batch {batch} = {world} x {batch // world}"
@@ -313,9 +301,3 @@ def announce(distiller: Distiller, data: Data, config, accelerator: Accelerator)
     left_to_us = config.mixed_precision == "auto" and accelerator.mixed_precision == "no"
     if left_to_us and accelerator.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
         say("this CPU has bf16 instructions: --mixed_precision bf16 is faster for many networks, see docs/step.md")
-
-
-def _sizes(network: nn.Module) -> str:
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in network.parameters())
-    return f"{total:,} parameters{f', {total - trained:,} of them frozen' if trained < total else ''}"

@@ -14,19 +14,8 @@ def one_class(logits: Tensor, labels: Tensor) -> bool:
     return len(labels.unique()) > 1 and len(logits.argmax(1).unique()) == 1
 
 
-def likely_cause(config, steps: int) -> str:
-    """What most often lies behind it, and what to try."""
-    if not steps:
-        return "its preprocessing or order of classes may be another than the one it was trained with"
-    scratch = not config.weights and not config.init_from
-    if scratch and steps < 1000:
-        return f"{steps} steps from random weights are few; try --weights imagenet, or more epochs"
-    lr = config.optimizer.lr
-    return f"the learning rate ({lr:g}) may be too high; try {lr / 10:g}, and look at the labels of the images"
-
-
 class Standing:
-    """Watches the validation of each epoch and says once where it stands still.
+    """Watches the validation of each epoch and warns once where it stands still.
 
     Args:
         seen: `{network: {"first", "epochs", "one_class", "said"}}` up to now, part of a checkpoint; brought up to date.
@@ -40,27 +29,29 @@ class Standing:
         seen = self._seen.setdefault(name, {"first": accuracy, "epochs": 0, "one_class": 0, "said": False})
         still = accuracy == seen["first"] < 100
         seen["epochs"] = seen["epochs"] + 1 if still else 0
-        if not still:
-            seen["first"] = None  # it has moved
+        seen["first"] = seen["first"] if still else None  # it has moved
         seen["one_class"] = seen["one_class"] + 1 if one_class(logits, labels) else 0
-        if seen["said"]:
-            return
-        if seen["one_class"] == 2:  # once may happen on the way
-            what = f"{name} gives all {len(labels)} validation images the same class"
-        elif seen["epochs"] == PATIENCE:
+        if seen["one_class"] == 2 and not seen["said"]:  # once may happen on the way
+            seen["said"] = self._warn(f"{name} gives all {len(labels)} validation images the same class", steps)
+        elif seen["epochs"] == PATIENCE and not seen["said"]:
             what = f"validation accuracy of {name} has stood at {accuracy:.2f} % for {PATIENCE} epochs"
-        else:
-            return
-        seen["said"] = True
-        say(f"warning: {what}: {likely_cause(self._config, steps)}")
+            seen["said"] = self._warn(what, steps)
 
     def conclude(self, name: str, logits: Tensor, labels: Tensor, steps: int) -> None:
-        """Say at the end of a run what is still so on test: logits (N, K), labels (N,)."""
+        """Warn at the end of a run of what is still so on test: logits (N, K), labels (N,)."""
         seen = self._seen.get(name, {})
         if one_class(logits, labels):
-            what = f"{name} gives all {len(labels)} test images the same class"
+            self._warn(f"{name} gives all {len(labels)} test images the same class", steps)
         elif seen.get("epochs", 0) >= PATIENCE:
-            what = f"validation accuracy of {name} never moved from {seen['first']:.2f} %"
-        else:
-            return
-        say(f"warning: {what}: {likely_cause(self._config, steps)}")
+            self._warn(f"validation accuracy of {name} never moved from {seen['first']:.2f} %", steps)
+
+    def _warn(self, what: str, steps: int) -> bool:
+        """Print it with what most often lies behind it, and what to try."""
+        lr, scratch = self._config.optimizer.lr, not self._config.weights and not self._config.init_from
+        cause = f"the learning rate ({lr:g}) may be too high; try {lr / 10:g}, and look at the labels of the images"
+        if not steps:
+            cause = "its preprocessing or order of classes may be another than the one it was trained with"
+        elif scratch and steps < 1000:
+            cause = f"{steps} steps from random weights are few; try --weights imagenet, or more epochs"
+        say(f"warning: {what}: {cause}")
+        return True

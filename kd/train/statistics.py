@@ -8,8 +8,7 @@ averaged weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -68,13 +67,3 @@ def reestimate(network: nn.Module, names: Iterable[str], train: Split, device: t
         layer.momentum = momentum
         layer.num_batches_tracked.copy_(count)
         layer.eval()
-
-
-@contextmanager
-def put_back(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Give the networks' buffers their bytes back at the end: training goes on with its own statistics."""
-    buffers = [buffer for network in networks for buffer in network.buffers()]
-    before = [buffer.clone() for buffer in buffers]
-    yield
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)

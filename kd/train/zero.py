@@ -19,34 +19,38 @@ from torch import Tensor
 
 from kd.util.errors import UserError
 
-ASKED = "ACCELERATE_USE_DEEPSPEED"
+SWITCH = "ACCELERATE_USE_DEEPSPEED"
+_OFFLOADS = ("offload_optimizer", "offload_param")
+# what launchers write into every file; of all but the first the values are those of the script's flags in any case
+_KNOWN = {"zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+          "gradient_clipping"}  # fmt: skip
 
 
 def wanted(num_processes: int) -> bool:
-    """Whether the launcher asked for DeepSpeed and there is something to share out."""
-    return os.environ.get(ASKED, "false").lower() == "true" and num_processes > 1
+    """Whether the launcher is set to DeepSpeed and there is something to share out."""
+    return os.environ.get(SWITCH, "false").lower() == "true" and num_processes > 1
 
 
 @contextmanager
 def hidden():
-    """Meanwhile Accelerate does not see that DeepSpeed is asked for: it would hand it precision, clipping and
-    accumulation, and keep its optimizer from being reached."""
-    asked = os.environ.pop(ASKED, None)
+    """Meanwhile Accelerate does not see DeepSpeed's switch: it would hand it precision, clipping and accumulation, and
+    keep its optimizer from being reached."""
+    before = os.environ.pop(SWITCH, None)
     try:
         yield
     finally:
-        if asked is not None:
-            os.environ[ASKED] = asked
+        if before is not None:
+            os.environ[SWITCH] = before
 
 
 def check(config, precision: str, on_cpu: bool) -> None:
-    """Look at what the launcher asks of DeepSpeed.
+    """Check the launcher's settings of DeepSpeed.
 
     Raises:
         UserError: DeepSpeed is not installed; a stage, an offload, a precision or a section that is not supported.
     """
     if find_spec("deepspeed") is None:
-        raise UserError("the launcher asks for DeepSpeed, which is not installed; pip install deepspeed")
+        raise UserError("the launcher is set to DeepSpeed, which is not installed; pip install deepspeed")
     if on_cpu and shutil.which(os.environ.get("CXX", "c++")) is None:
         raise UserError("on a CPU DeepSpeed needs a C++ compiler and finds none ($CXX, c++); install one")
     if precision == "fp16":
@@ -57,7 +61,7 @@ def check(config, precision: str, on_cpu: bool) -> None:
     stage = section.get("stage")
     if stage not in (1, 2):
         raise UserError(f"DeepSpeed's ZeRO stage {stage} is not supported; set zero_stage to 1 or 2, or use fsdp2.yaml")
-    for name in ("offload_optimizer", "offload_param"):
+    for name in _OFFLOADS:
         if (device := section.get(name, {}).get("device", "none")) != "none":
             raise UserError(f"DeepSpeed's {name} to {device} is not supported; set it to none")
 
@@ -66,8 +70,8 @@ def zero_section() -> dict:
     """`zero_optimization` of the file that the launcher names, else from the launcher's own settings."""
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file == "none":
-        told = {name: os.environ.get(f"ACCELERATE_DEEPSPEED_{name.upper()}_DEVICE", "none") for name in _OFFLOADS}
-        offloads = {name: {"device": device} for name, device in told.items() if device != "none"}
+        devices = {name: os.environ.get(f"ACCELERATE_DEEPSPEED_{name.upper()}_DEVICE", "none") for name in _OFFLOADS}
+        offloads = {name: {"device": device} for name, device in devices.items() if device != "none"}
         return {"stage": int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), **offloads}
     try:
         content = json.loads(Path(file).read_text())
@@ -79,17 +83,6 @@ def zero_section() -> dict:
             f"the rest is set by this script's own flags"
         )
     return content.get("zero_optimization", {})
-
-
-_OFFLOADS = ("offload_optimizer", "offload_param")
-# what launchers write into every file; the values are those of the script's flags in any case
-_KNOWN = {
-    "zero_optimization",
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-}
 
 
 def initialize(distiller, optimizer: torch.optim.Optimizer, config, accelerator):
@@ -106,7 +99,7 @@ def initialize(distiller, optimizer: torch.optim.Optimizer, config, accelerator)
     half = accelerator.mixed_precision == "bf16"
     settings = {
         "train_micro_batch_size_per_gpu": -(-config.data.batch_size // accelerator.num_processes),
-        "gradient_accumulation_steps": 1,  # the loop says which micro-batch is a step's last
+        "gradient_accumulation_steps": 1,  # the loop marks a step's last micro-batch
         "gradient_clipping": config.optimizer.clip_norm or 0.0,
         "zero_optimization": zero_section(),
         "zero_allow_untested_optimizer": True,

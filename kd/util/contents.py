@@ -1,7 +1,8 @@
 """What the files of a run folder hold, checked: content of known types, or one line that names the file and the fault.
 
 The tables below say what is read from each file: `name` or, where it may be absent, `name?`, and its type: a type, a
-tuple of alternatives, [type] for a list, {str: type} for any names, Any. Other fields are let through.
+tuple of alternatives, [type] for a list, {str: type} for any names, Any. Other fields are let through. Every reader
+raises a UserError where its file is damaged.
 """
 
 from __future__ import annotations
@@ -56,11 +57,7 @@ _NETWORK = {"model": str, "model_args": {str: Any}, "classes": [str], "preproces
 
 
 def read_config(folder: Path) -> dict:
-    """A run's resolved config.
-
-    Raises:
-        UserError: its config.yaml cannot be read, or is not one that a run wrote.
-    """
+    """A run's resolved config, from config.yaml."""
     file = folder / "config.yaml"
     content = read_yaml(file)
     if wrong := _wrong(content, _CONFIG):
@@ -69,55 +66,36 @@ def read_config(folder: Path) -> dict:
 
 
 def read_summary(folder: Path) -> dict:
-    """A finished run's summary.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """A finished run's summary.json; a UserError too where the run is not finished."""
     if not (folder / "summary.json").is_file():
         raise UserError(f"run {str(folder)!r} is not finished (no summary.json); run its command again to resume it")
     return _read(folder / "summary.json", _SUMMARY)
 
 
 def read_network(folder: Path) -> dict:
-    """What a run's config.json says of its network.
-
-    Raises:
-        UserError: it is not there or damaged.
-    """
+    """What is needed to load a run's network, from config.json, which must be there."""
     return _read(folder / "config.json", _NETWORK)
 
 
 def read_inputs(folder: Path) -> dict | None:
-    """What a run learns from; None where it does not say.
+    """What a run learns from, from inputs.json; None where there is none.
 
     Returns:
         `overwrote`, whether it began in place of another; `kept`, names of its other networks; `data` by split, see
         `kd.data.identity`; `weights`, a sha256 by run folder.
-
-    Raises:
-        UserError: its inputs.json is damaged.
     """
-    return _read(folder / "inputs.json", _INPUTS) if (folder / "inputs.json").is_file() else None
+    return _read(folder / "inputs.json", _INPUTS, absent=None)
 
 
 def read_choices(folder: Path) -> dict[str, str]:
-    """What a run chose by itself when it began, see `kd.run.folder.Run.settle`.
-
-    Raises:
-        UserError: its .choices.json is damaged.
-    """
-    return _read(folder / ".choices.json", {str: str}) if (folder / ".choices.json").is_file() else {}
+    """What a run chose by itself when it began, from .choices.json, see `kd.run.folder.Run.settle`."""
+    return _read(folder / ".choices.json", {str: str}, absent={})
 
 
 def read_tracker(folder: Path) -> dict[str, str]:
-    """The ids that a run has in trackers, by `TRACKER_id`.
-
-    Raises:
-        UserError: its tracker.json is damaged.
-    """
+    """The ids that a run has in trackers, by `TRACKER_id`, from tracker.json."""
     remedy = "delete the file, and a new run of the tracker begins"
-    return _read(folder / "tracker.json", {str: str}, remedy) if (folder / "tracker.json").is_file() else {}
+    return _read(folder / "tracker.json", {str: str}, remedy, absent={})
 
 
 def read_rows(content: bytes) -> tuple[list[dict], list[int]]:
@@ -126,17 +104,19 @@ def read_rows(content: bytes) -> tuple[list[dict], list[int]]:
     for number, line in enumerate(content.splitlines(), 1):
         try:
             row = json.loads(line)
-            wrong = _wrong(row, _ROW)
-        except (ValueError, RecursionError) as error:
-            wrong = str(error)
-        if wrong:
-            bad.append(number)
-        else:
-            rows.append(row)
+        except (ValueError, RecursionError):
+            row = None
+        bad.append(number) if _wrong(row, _ROW) else rows.append(row)
     return rows, bad
 
 
-def _read(file: Path, kind: dict, remedy: str = "train it again with --overwrite true") -> dict:
+_REQUIRED = object()
+
+
+def _read(file: Path, kind: dict, remedy: str = "train it again with --overwrite true", absent=_REQUIRED):
+    """The checked content of a JSON file; `absent` where it is not there."""
+    if absent is not _REQUIRED and not file.is_file():
+        return absent
     try:
         content = json.loads(file.read_bytes())
         wrong = _wrong(content, kind)

@@ -73,21 +73,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 # What a disk or a path can do to any write, wherever it happens.
-_DISK_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.ELOOP,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-)
+_DISK_ERRORS = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENOENT", "ENOTDIR", "ELOOP",
+                "EISDIR", "EEXIST", "ENAMETOOLONG")  # fmt: skip
 
 
 class _Stopped(BaseException):
@@ -95,9 +82,13 @@ class _Stopped(BaseException):
 
 
 def _stop(number: int, _frame) -> None:
-    for each in (signal.SIGTERM, signal.SIGUSR1):  # once is enough; a launcher and a batch system may both send it
-        signal.signal(each, signal.SIG_IGN)
+    _handle_stops(signal.SIG_IGN)  # once is enough; a launcher and a batch system may both send it
     raise _Stopped(number)
+
+
+def _handle_stops(handler) -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, handler)
 
 
 def run_script(main: Callable[[], int | None], then: str = "the same command resumes from the last checkpoint") -> None:
@@ -106,26 +97,23 @@ def run_script(main: Callable[[], int | None], then: str = "the same command res
     The status is `main`'s own (None is 0), 2 for a UserError, 1 for a full or broken disk, 128 + the signal's number
     when a signal ended it (130 for Ctrl-C); `then` is the rest of that line.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _stop)
+    _handle_stops(_stop)
     try:
         status = main() or 0
     except UserError as error:
         status = _fail(str(error), 2)
     except (KeyboardInterrupt, _Stopped) as stopped:
         number = stopped.args[0] if isinstance(stopped, _Stopped) else signal.SIGINT
-        name = signal.Signals(number).name
-        status = _fail(f"stopped by {name}; {then}", 128 + number)
+        status = _fail(f"stopped by {signal.Signals(number).name}; {then}", 128 + number)
     except RuntimeError as error:
-        message = _lost_worker(error) or _lost_contact(error)
-        if message is None:
+        if (message := _lost(error)) is None:
             raise
         status = _fail(message, 1, speak=True) if message else 1
     except BrokenPipeError:  # `python evaluate.py ... | head` is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if errno.errorcode.get(error.errno) not in _DISK_ERRORS:
             raise
         place = f": {error.filename}" if error.filename else ""
         status = _fail(f"{os.strerror(error.errno).lower()}{place}; free or change it and run the same command", 1)
@@ -140,32 +128,26 @@ def run_command(module: str) -> None:
     run_script(lambda: importlib.import_module(module).main())
 
 
-def _lost_worker(error: RuntimeError) -> str | None:
-    """In words what torch's loader raises when one of its processes is gone."""
-    if "DataLoader worker" not in str(error):
-        return None
-    return (
-        "a process that decodes images was killed, mostly for lack of memory or, in a container, of shared memory; "
-        "lower data.num_workers or data.batch_size; the same command resumes from the last checkpoint"
-    )
-
-
-def _lost_contact(error: RuntimeError) -> str | None:
+def _lost(error: RuntimeError) -> str | None:
+    """Which process is gone, in words, where that is what the error means; else None."""
+    if "DataLoader worker" in str(error):
+        return (
+            "a process that decodes images was killed, mostly for lack of memory or, in a container, of shared memory; "
+            "lower data.num_workers or data.batch_size; the same command resumes from the last checkpoint"
+        )
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return None
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # the launcher ends all when one dies: first say which
-        signal.signal(number, signal.SIG_IGN)
+    _handle_stops(signal.SIG_IGN)  # the launcher ends all when one dies: first say which
     from kd.util.processes import lost_contact
 
     return lost_contact(error)
 
 
 def _fail(message: str, status: int, speak: bool = False) -> int:
-    rank = os.environ.get("RANK", "0")
     if not (is_main_process() or speak):
         # The main process mostly has the same error, and the launcher ends all when one fails: let it speak first.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
-    who = "" if is_main_process() else f" on process {rank}"
+    who = "" if is_main_process() else f" on process {os.environ['RANK']}"
     print(f"error{who}: {in_terminal(' '.join(message.split()))}", file=sys.stderr, flush=True)
     return status

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,10 +11,14 @@ from kd.util.errors import UserError
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Give all processes the first one's buffers: batch norm's running statistics, which each has of its own images."""
+    """Give all processes the first one's buffers: batch norm's running statistics, which each has of its own images.
+
+    Those that a loss keeps equal itself, its `replicated`, are left out.
+    """
     if dist.is_initialized() and dist.get_world_size() > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, 0)
+        for name, buffer in module.named_buffers():
+            if name not in getattr(module, "replicated", ()):
+                dist.broadcast(buffer, 0)
 
 
 def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
@@ -111,26 +113,3 @@ def all_finite(tensors: list[Tensor], accelerator) -> bool:
     local = (tensor.to_local() if is_shared_out(tensor) else tensor for tensor in tensors)
     finite = torch.tensor([all(bool(tensor.isfinite().all()) for tensor in local)], device=accelerator.device)
     return bool(accelerator.gather(finite).all())
-
-
-def share_loss_buffers(losses: Iterable[nn.Module]) -> None:
-    """Give all processes the first one's buffers of the losses, as DistributedDataParallel does and FSDP2 does not."""
-    for loss in losses:
-        for name, buffer in loss.named_buffers():
-            if name not in loss.replicated:
-                dist.broadcast(buffer, 0)
-
-
-@torch.no_grad()
-def copy_whole(source: nn.Module, target: nn.Module) -> None:
-    """Fill `target`, a module of the same shapes, with the weights of `source`, which FSDP2 shares out.
-
-    Buffers, which it does not share out and does not keep equal, are the first process's.
-    """
-    own = target.state_dict()
-    for name, tensor in source.state_dict().items():
-        if is_shared_out(tensor):
-            own[name].copy_(tensor.full_tensor())
-        else:
-            own[name].copy_(tensor)
-            dist.broadcast(own[name], 0)

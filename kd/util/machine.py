@@ -23,8 +23,7 @@ import kd
 
 def versions() -> dict[str, str]:
     """Versions of what a result may depend on."""
-    packages = ("torchvision", "accelerate")
-    named = {name: version(name) for name in packages}
+    named = {name: version(name) for name in ("torchvision", "accelerate")}
     return {"kd": kd.__version__, "python": platform.python_version(), "torch": torch.__version__, **named}
 
 

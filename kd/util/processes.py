@@ -69,14 +69,7 @@ _roll_is_called = threading.Event()
 
 def _store(timeout: float) -> dist.Store:
     """A connection of our own to the store by which the processes found each other; the launcher keeps it or, without
-    one, the first process.
-
-    Args:
-        timeout: seconds to wait for it.
-
-    Raises:
-        RuntimeError: it is gone.
-    """
+    one, the first process. A RuntimeError where it is gone, after so many seconds."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
     return dist.PrefixStore(f"kd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -104,45 +97,38 @@ def answering_roll_calls() -> Iterator[None]:
         left.set()
 
 
-class _RollCall(threading.Thread):
-    """Asks all processes for a sign of life, in a thread: a store whose process hangs never answers.
+def _call_roll(timed_out: bool, patience: float) -> tuple[bool, list[int]]:
+    """Whether this process is the one to tell the user, and the ranks that give no sign of life.
 
-    Args:
-        timed_out: whether the failed exchange waited until its end, so that a process that is silent and alive hangs.
-        patience: seconds for the others to answer.
-
-    Attributes:
-        speaks: whether this process is the one to tell the user.
-        missing: ranks that do not answer.
+    In a thread: a store whose process hangs never answers. Where the failed exchange waited until its end, `timed_out`,
+    a process that is silent and alive hangs.
     """
+    rank, missing = dist.get_rank(), [0]
+    # Without a launcher the first process keeps the store, and may not answer; the next one tells it then.
+    speaks = rank == 1 and not _roll_is_called.is_set()
 
-    def __init__(self, timed_out: bool, patience: float):
-        super().__init__(daemon=True)
-        self.timed_out, self.patience, self.rank = timed_out, patience, dist.get_rank()
-        # Without a launcher the first process keeps the store, and may not answer; the next one tells it then.
-        self.missing, self.speaks = [0], self.rank == 1 and not _roll_is_called.is_set()
-
-    def run(self) -> None:
+    def call() -> None:
+        nonlocal speaks, missing
         with suppress(RuntimeError):
-            store, end = _store(self.patience), time.monotonic() + self.patience
-            self.speaks = store.add("roll", 1) == 1
+            store, end = _store(patience), time.monotonic() + patience
+            speaks = store.add("roll", 1) == 1
             for key in ("alive", "noticed"):
-                store.set(f"{key}/{self.rank}", "")
-            if self.speaks:
-                self._count(store, end)
+                store.set(f"{key}/{rank}", "")
+            if speaks:
+                silent = range(dist.get_world_size())
+                while (silent := [r for r in silent if not store.check([f"noticed/{r}"])]) and time.monotonic() <= end:
+                    time.sleep(0.1)
+                dead = [r for r in silent if not store.check([f"alive/{r}"])]
+                # One that is alive and lets the others wait hangs; other errors need not reach all.
+                missing = dead or (silent if timed_out else [])
                 store.set("named", "")
             while not store.check(["named"]):  # the one that keeps the store must not end before
                 time.sleep(0.1)
 
-    def _count(self, store: dist.Store, end: float) -> None:
-        silent = list(range(dist.get_world_size()))
-        while silent := [rank for rank in silent if not store.check([f"noticed/{rank}"])]:
-            if time.monotonic() > end:
-                break
-            time.sleep(0.1)
-        dead = [rank for rank in silent if not store.check([f"alive/{rank}"])]
-        # One that is alive and lets the others wait hangs; other errors need not reach all.
-        self.missing = dead or (silent if self.timed_out else [])
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(2 * patience)
+    return speaks, missing
 
 
 def lost_contact(error: RuntimeError, patience: float = 5.0) -> str | None:
@@ -164,11 +150,8 @@ def lost_contact(error: RuntimeError, patience: float = 5.0) -> str | None:
         return why if os.environ.get("RANK") in ("0", "1") else ""
     if (count := dist.get_world_size()) == 1:
         return None
-    roll = _RollCall("timed out" in text, patience)
-    roll.start()
-    roll.join(2 * patience)
-    missing = roll.missing
-    if not roll.speaks:
+    speaks, missing = _call_roll("timed out" in text, patience)
+    if not speaks:
         return ""
     if not missing:
         why = f"the processes lost contact ({detail})"

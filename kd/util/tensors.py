@@ -1,10 +1,12 @@
-"""Tensors as safetensors takes them."""
+"""Tensors as safetensors takes them, and buffers that get their bytes back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 def savable(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -18,3 +20,15 @@ def savable(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(storage.data_ptr())
         result[name] = tensor
     return result
+
+
+@contextmanager
+def buffers_put_back(*modules: nn.Module) -> Iterator[None]:
+    """Give the modules' buffers their bytes back at the end."""
+    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)

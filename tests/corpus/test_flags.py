@@ -181,12 +181,12 @@ LAUNCH = ["python", "/bin/accelerate", "launch"]
             [*LAUNCH, "--num_processes=1", "--gradient-accumulation-steps=4", "t.py"],
             ["steps 4 is not used; --accumulate 2"],
         ),
-        ([*LAUNCH, "--cpu", "--num-processes", "2", "t.py"], ["told num_processes 2 and has started 1", "cpu_2proc"]),
+        ([*LAUNCH, "--cpu", "--num-processes", "2", "t.py"], ["given num_processes 2 and has started 1", "cpu_2proc"]),
         ([*LAUNCH, "t.py", "--seed", "1"], ["has no config and started 1 process,"]),
         (["python", "-m", "accelerate.commands.launch", "t.py"], ["has no config"]),
     ],
 )
-def test_what_the_launcher_was_told(command, words, monkeypatch):
+def test_what_the_launcher_was_given(command, words, monkeypatch):
     from kd.train import launched
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)

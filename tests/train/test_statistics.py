@@ -15,7 +15,8 @@ from torch import nn
 
 from kd.train.checkpoint import load_newest
 from kd.train.standing import PATIENCE, Standing
-from kd.train.statistics import chosen, learning_layers, left_over, put_back, reestimate
+from kd.train.statistics import chosen, learning_layers, left_over, reestimate
+from kd.util.tensors import buffers_put_back
 
 RESNET = (*SMALL, "--model", "resnet8", "--data.resize", 32, "--data.batch_size", 48, "--data.flip", "true")
 ARGUMENTS = (*RESNET, "--checkpoint_every", 2, "--report_to", "none")
@@ -88,7 +89,7 @@ def test_training_gets_its_statistics_back():
     network = OneLayer().train()
     network.logits({"image": images})
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    with put_back([network]):
+    with buffers_put_back(network):
         reestimate(network, learning_layers(network), split, torch.device("cpu"))
         assert not torch.equal(network.norm.running_mean, before["norm.running_mean"])
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
