@@ -6,8 +6,6 @@ with: both networks' features are embedded in one space by a learned linear map 
 images of the batch the absolute differences of student and teacher are multiplied with each other.
 """
 
-from __future__ import annotations
-
 import math
 
 from torch import Tensor, nn
@@ -38,7 +36,6 @@ class CC(RelationLoss):
         student_tap, teacher_tap: dotted module names, usually of the penultimate vectors; the features are flattened.
         dimension: length of the embeddings.
         train_teacher_embedding: whether the teacher's embedding is learned too.
-        weight: factor of this term in the objective.
     """
 
     def __init__(
@@ -60,6 +57,5 @@ class CC(RelationLoss):
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         mine, theirs = self.features(student, teacher, batch)
-        return neighbour_incongruence(
-            self.student_embedding(mine.flatten(1)), self.teacher_embedding(theirs.flatten(1))
-        )
+        mine, theirs = self.student_embedding(mine.flatten(1)), self.teacher_embedding(theirs.flatten(1))
+        return neighbour_incongruence(mine, theirs)

@@ -8,8 +8,6 @@ that holds a moving average of every training image's embedding. Each network is
 h = p / (p + K / M) for M training images, where p = exp(<student, teacher> / temperature) / Z.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -105,7 +103,6 @@ class CRD(FeatureLoss):
         temperature: divides the products of the embeddings, above 0 (the published code's value).
         momentum: the share of its old value that a memory keeps when its image is seen, in [0, 1).
         dimensions: D, length of the embeddings.
-        weight: factor of this term in the objective.
     """
 
     sees_batch = True  # the bank learns from a whole batch after it

@@ -6,12 +6,10 @@ the teacher's. This is the version for classification, ICKD-C: one matrix (C, C)
 batch normalization that give the student the teacher's number of channels.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from kd.losses.base import FeatureLoss, Setting
-from kd.losses.parts import BatchNorm, unit
+from kd.losses.parts import BatchNorm, maps, unit
 from kd.outputs import Batch, Outputs
 
 
@@ -46,9 +44,7 @@ class ICKD(FeatureLoss):
         super().__init__(student_tap, teacher_tap, weight)
 
     def setup(self, setting: Setting) -> None:
-        student, teacher = self.shapes(setting)
-        if len(student) != 3 or len(teacher) != 3:
-            raise self.mismatch(setting, "tap maps (CxHxW)")
+        student, teacher = self.shapes(setting, maps, "tap maps (CxHxW)")
         self.align = nn.Sequential(nn.Conv2d(student[0], teacher[0], 1, bias=False), BatchNorm(teacher[0]))
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:

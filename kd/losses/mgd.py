@@ -5,8 +5,6 @@ the rest (section 3). The mask is a function of each image's key, so it does not
 processes or on a restart.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from kd import keyed
 from kd.losses.base import FeatureLoss, Setting
-from kd.losses.parts import same_size
+from kd.losses.parts import maps, same_size
 from kd.outputs import Batch, Outputs
 
 
@@ -60,9 +58,7 @@ class MGD(FeatureLoss):
         self._purpose = keyed.key(*b"MGD", *student_tap.encode())  # so that two taps draw two masks
 
     def setup(self, setting: Setting) -> None:
-        student, teacher = self.shapes(setting)
-        if len(student) != 3 or len(teacher) != 3:
-            raise self.mismatch(setting, "tap maps (CxHxW)")
+        student, teacher = self.shapes(setting, maps, "tap maps (CxHxW)")
         channels = teacher[0]
         self.align = nn.Identity() if student[0] == channels else nn.Conv2d(student[0], channels, 1)
         self.generate = nn.Sequential(

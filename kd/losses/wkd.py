@@ -7,8 +7,6 @@ whose square is the squared distance of the means plus that of the standard devi
 cells with a Gaussian each.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from kd.losses.base import FeatureLoss, Setting
@@ -54,8 +52,8 @@ class WKDF(FeatureLoss):
     ):
         super().__init__(student_tap, teacher_tap, weight)
         self.require(grid > 0, f"grid {grid} must be above 0")
-        self.require(0 <= mean_weight < float("inf"), f"mean_weight {mean_weight} must be a finite number, 0 or more")
-        self.grid, self.mean_weight = grid, mean_weight
+        self.keep_nonnegative(mean_weight=mean_weight)
+        self.grid = grid
 
     def setup(self, setting: Setting) -> None:
         shapes = student, teacher = self.shapes(setting)
