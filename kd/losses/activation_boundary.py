@@ -37,8 +37,8 @@ class AB(StagesLoss):
 
     SCALE = 3 / 1000
 
-    def __init__(self, student_taps: list[str], teacher_taps: list[str], margin: float = 1.0, **kwargs):
-        super().__init__(student_taps, teacher_taps, **kwargs)
+    def __init__(self, *taps, margin: float = 1.0, weight: float = 1.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
         self.keep_positive(margin=margin)
 
     def setup(self, setting: Setting) -> None:

@@ -36,8 +36,8 @@ class AT(StagesLoss):
         power: p of |activation|^p, 1 or more; higher puts more weight on the strongest places.
     """
 
-    def __init__(self, student_taps: list[str], teacher_taps: list[str], power: float = 2.0, weight: float = 1000.0):
-        super().__init__(student_taps, teacher_taps, weight)
+    def __init__(self, *taps, power: float = 2.0, weight: float = 1000.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
         self.require(1 <= power < float("inf"), f"power {power} must be a finite number, 1 or more")
         self.power = power
 

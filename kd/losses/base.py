@@ -34,9 +34,9 @@ class Setting:
 class Loss(nn.Module):
     """One weighted term of the objective.
 
-    A subclass takes its hyperparameters as keyword arguments with the paper's defaults and hands its parent's on; what
-    it takes as `**kwargs` is its parent's with the parent's defaults, and explained there alone. It computes its
-    unweighted scalar in `forward`; the distiller multiplies it by `weight`.
+    A subclass takes its hyperparameters as keyword arguments with the paper's defaults, and as `*taps, **kwargs` its
+    parent's, which it hands on and which are explained there. It computes its unweighted scalar in `forward`; the
+    distiller multiplies it by `weight`.
 
     A loss on features names the modules it needs in `student_taps` and `teacher_taps` and finds their outputs in
     `Outputs.features`. What it must learn (a regressor) it builds in `setup` as submodules, from the features' shapes.
@@ -66,14 +66,15 @@ class Loss(nn.Module):
         self.keep_nonnegative(weight=weight)
 
     def __init_subclass__(cls, **kwargs):
-        """Let the signature name the parent's arguments in place of `**kwargs`: flags and recipes are made from it."""
+        """Let the signature name the parent's arguments in place of `*taps, **kwargs`: flags and recipes read it."""
         super().__init_subclass__(**kwargs)
         signature = inspect.signature(cls.__init__)
         _, *own = signature.parameters.values()
         if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
-            inherited = inspect.signature(cls.__base__).parameters.values()
-            missing = [parameter for parameter in inherited if parameter.name not in signature.parameters]
-            own[-1:] = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in missing]
+            named = {p.name: p for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+            others = [p for p in inspect.signature(cls.__base__).parameters.values() if p.name not in named]
+            own = sorted([*named.values(), *others], key=lambda p: (p.default is not p.empty, p.name not in named))
+            own = [p.replace(kind=p.KEYWORD_ONLY) for p in own]
         cls.__signature__ = signature.replace(parameters=own)
 
     @property

@@ -39,14 +39,9 @@ class CC(RelationLoss):
     """
 
     def __init__(
-        self,
-        student_tap: str,
-        teacher_tap: str,
-        dimension: int = 128,
-        train_teacher_embedding: bool = True,
-        weight: float = 0.02,
+        self, *taps, dimension: int = 128, train_teacher_embedding: bool = True, weight: float = 0.02, **kwargs
     ):
-        super().__init__(student_tap, teacher_tap, weight)
+        super().__init__(*taps, weight=weight, **kwargs)
         self.require(dimension >= 1, f"dimension {dimension} must be 1 or more")
         self.dimension, self.train_teacher_embedding = dimension, train_teacher_embedding
 

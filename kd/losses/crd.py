@@ -111,15 +111,15 @@ class CRD(FeatureLoss):
 
     def __init__(
         self,
-        student_tap: str,
-        teacher_tap: str,
+        *taps,
         negatives: int = 16384,
         temperature: float = 0.07,
         momentum: float = 0.5,
         dimensions: int = 128,
         weight: float = 0.8,
+        **kwargs,
     ):
-        super().__init__(student_tap, teacher_tap, weight)
+        super().__init__(*taps, weight=weight, **kwargs)
         self.require(negatives > 0, f"negatives {negatives} must be above 0")
         self.require(0 < temperature < float("inf"), f"temperature {temperature} must be a finite number above 0")
         self.require(0 <= momentum < 1, f"momentum {momentum} must be in [0, 1)")

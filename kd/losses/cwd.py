@@ -32,8 +32,8 @@ class CWD(FeatureLoss):
             segmentation (3 for maps of logits). The paper has no classification.
     """
 
-    def __init__(self, student_tap: str, teacher_tap: str, temperature: float = 4.0, weight: float = 50.0):
-        super().__init__(student_tap, teacher_tap, weight)
+    def __init__(self, *taps, temperature: float = 4.0, weight: float = 50.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
         self.keep_positive(temperature=temperature)
 
     def setup(self, setting: Setting) -> None:

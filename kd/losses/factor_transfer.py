@@ -45,15 +45,8 @@ class FT(FeatureLoss):
         reconstruction_weight: factor of the paraphraser's error beside the distance; with `weight` the default makes 1.
     """
 
-    def __init__(
-        self,
-        student_tap: str,
-        teacher_tap: str,
-        rate: float = 0.5,
-        reconstruction_weight: float = 0.005,
-        weight: float = 200.0,
-    ):
-        super().__init__(student_tap, teacher_tap, weight)
+    def __init__(self, *taps, rate: float = 0.5, reconstruction_weight: float = 0.005, weight: float = 200.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
         self.keep_positive(rate=rate, reconstruction_weight=reconstruction_weight)
 
     def setup(self, setting: Setting) -> None:

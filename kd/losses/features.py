@@ -21,14 +21,11 @@ class FeatureDistance(FeatureLoss):
     """Mean distance of two features of one shape, over all their elements.
 
     Args:
-        student_tap, teacher_tap: dotted module names; `python -m kd.models NAME` lists them.
         distance: mse, l1 or smooth_l1 (torch's, beta 1).
     """
 
-    def __init__(
-        self, student_tap: str, teacher_tap: str, distance: Literal["mse", "l1", "smooth_l1"] = "mse", **kwargs
-    ):
-        super().__init__(student_tap, teacher_tap, **kwargs)
+    def __init__(self, *taps, distance: Literal["mse", "l1", "smooth_l1"] = "mse", weight: float = 1.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
         self.distance = distance
 
     def setup(self, setting: Setting) -> None:
@@ -50,11 +47,7 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class CosineEmbedding(FeatureLoss):
-    """One minus the cosine of the flattened features; the teacher's is average-pooled to the student's length.
-
-    Args:
-        student_tap, teacher_tap: dotted module names; `python -m kd.models NAME` lists them.
-    """
+    """One minus the cosine of the flattened features; the teacher's is average-pooled to the student's length."""
 
     def setup(self, setting: Setting) -> None:
         mine, theirs = self.shapes(setting)

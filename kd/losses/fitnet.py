@@ -25,10 +25,8 @@ class FitNet(FeatureLoss):
             and a weight near 1: at 100 and the comparison's learning rate it diverges.
     """
 
-    def __init__(
-        self, student_tap: str, teacher_tap: str, kernel_size: int = 1, batch_norm: bool = True, weight: float = 100.0
-    ):
-        super().__init__(student_tap, teacher_tap, weight)
+    def __init__(self, *taps, kernel_size: int = 1, batch_norm: bool = True, weight: float = 100.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
         self.require(kernel_size % 2 == 1 and kernel_size > 0, f"kernel_size {kernel_size} must be odd and above 0")
         self.kernel_size, self.batch_norm = kernel_size, batch_norm
 

@@ -37,9 +37,10 @@ class FSP(StagesLoss):
         student_taps, teacher_taps: dotted module names of maps (C, H, W) from lower to upper, at least two.
     """
 
-    def __init__(self, student_taps: list[str], teacher_taps: list[str], weight: float = 50.0):
-        super().__init__(student_taps, teacher_taps, weight)
-        self.require(len(student_taps) > 1, f"student_taps {student_taps} must be two or more; a flow is between two")
+    def __init__(self, *taps, weight: float = 50.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
+        taps = self.student_taps
+        self.require(len(taps) > 1, f"student_taps {taps} must be two or more; a flow is between two")
 
     def setup(self, setting: Setting) -> None:
         self.shapes(setting, maps, "tap maps (CxHxW)")

@@ -40,8 +40,8 @@ class ICKD(FeatureLoss):
             weight 1 and, in their better numbers, a KL at temperature 4 of weight 1.
     """
 
-    def __init__(self, student_tap: str, teacher_tap: str, weight: float = 2.5):
-        super().__init__(student_tap, teacher_tap, weight)
+    def __init__(self, *taps, weight: float = 2.5, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
 
     def setup(self, setting: Setting) -> None:
         student, teacher = self.shapes(setting, maps, "tap maps (CxHxW)")

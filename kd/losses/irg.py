@@ -71,18 +71,18 @@ class IRG(StagesLoss):
 
     def __init__(
         self,
-        student_taps: list[str],
-        teacher_taps: list[str],
+        *taps,
         vertex_weight: float = 0.1,
         edge_weight: float = 5.0,
         transformation_weight: float = 5.0,
+        weight: float = 1.0,
         **kwargs,
     ):
-        super().__init__(student_taps, teacher_taps, **kwargs)
+        super().__init__(*taps, weight=weight, **kwargs)
         self.keep_nonnegative(vertex_weight=vertex_weight, edge_weight=edge_weight)
         self.keep_nonnegative(transformation_weight=transformation_weight)
         self.require(
-            len(student_taps) > 1 or transformation_weight == 0,
+            len(self.student_taps) > 1 or transformation_weight == 0,
             "one pair of taps has no transformation; name two or more, or set transformation_weight to 0",
         )
 

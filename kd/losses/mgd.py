@@ -45,17 +45,17 @@ class MGD(FeatureLoss):
 
     def __init__(
         self,
-        student_tap: str,
-        teacher_tap: str,
+        *taps,
         mask: Literal["pixels", "channels"] = "pixels",
         mask_ratio: float = 0.5,
         weight: float = 7e-5,
+        **kwargs,
     ):
-        super().__init__(student_tap, teacher_tap, weight)
+        super().__init__(*taps, weight=weight, **kwargs)
         self.require(mask in ("pixels", "channels"), f"mask {mask!r} must be pixels or channels")
         self.require(0 <= mask_ratio < 1, f"mask_ratio {mask_ratio} must be in [0, 1)")
         self.mask, self.mask_ratio = mask, mask_ratio
-        self._purpose = keyed.key(*b"MGD", *student_tap.encode())  # so that two taps draw two masks
+        self._purpose = keyed.key(*b"MGD", *self.student_tap.encode())  # so that two taps draw two masks
 
     def setup(self, setting: Setting) -> None:
         student, teacher = self.shapes(setting, maps, "tap maps (CxHxW)")

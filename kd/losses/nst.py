@@ -44,8 +44,8 @@ class NST(StagesLoss):
         student_taps, teacher_taps: dotted module names of maps (C, H, W), in the order of the pairs.
     """
 
-    def __init__(self, student_taps: list[str], teacher_taps: list[str], weight: float = 50.0):
-        super().__init__(student_taps, teacher_taps, weight)
+    def __init__(self, *taps, weight: float = 50.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
 
     def setup(self, setting: Setting) -> None:
         # of one place alone every kernel is 1 and the discrepancy 0

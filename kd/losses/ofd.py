@@ -40,8 +40,8 @@ class OFD(StagesLoss):
     sees_batch = True  # the margins are those of a whole batch
     replicated = ("negatives",)
 
-    def __init__(self, student_taps: list[str], teacher_taps: list[str], weight: float = 1e-3):
-        super().__init__(student_taps, teacher_taps, weight)
+    def __init__(self, *taps, weight: float = 1e-3, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
 
     def setup(self, setting: Setting) -> None:
         pairs = self.shapes(setting, alike, "tap two maps (CxHxW) or two vectors")

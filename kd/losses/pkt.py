@@ -41,8 +41,8 @@ class PKT(RelationLoss):
         student_tap, teacher_tap: dotted module names; the features may differ in shape.
     """
 
-    def __init__(self, student_tap: str, teacher_tap: str, weight: float = 3e4):
-        super().__init__(student_tap, teacher_tap, weight)
+    def __init__(self, *taps, weight: float = 3e4, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return neighbour_divergence(*self.features(student, teacher, batch))

@@ -88,14 +88,14 @@ class ReviewKD(StagesLoss):
 
     def __init__(
         self,
-        student_taps: list[str],
-        teacher_taps: list[str],
+        *taps,
         mid_channels: int | None = None,
         levels: tuple[int, ...] = (4, 2, 1),
         warmup_epochs: int = 20,
         weight: float = 5.0,
+        **kwargs,
     ):
-        super().__init__(student_taps, teacher_taps, weight)
+        super().__init__(*taps, weight=weight, **kwargs)
         self.require(mid_channels is None or mid_channels > 0, f"mid_channels {mid_channels} must be above 0, or null")
         self.require(all(level > 0 for level in levels), f"levels {levels} must all be above 0")
         self.keep_nonnegative(warmup_epochs=warmup_epochs)

@@ -54,10 +54,8 @@ class RKD(RelationLoss):
         angle_weight: factor of the angles' part; 0 saves its B^3 numbers.
     """
 
-    def __init__(
-        self, student_tap: str, teacher_tap: str, distance_weight: float = 25.0, angle_weight: float = 50.0, **kwargs
-    ):
-        super().__init__(student_tap, teacher_tap, **kwargs)
+    def __init__(self, *taps, distance_weight: float = 25.0, angle_weight: float = 50.0, weight: float = 1.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
         self.keep_nonnegative(distance_weight=distance_weight, angle_weight=angle_weight)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:

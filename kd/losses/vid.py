@@ -40,15 +40,8 @@ class VID(StagesLoss):
         epsilon: the least variance, above 0.
     """
 
-    def __init__(
-        self,
-        student_taps: list[str],
-        teacher_taps: list[str],
-        initial_variance: float = 5.0,
-        epsilon: float = 1e-5,
-        **kwargs,
-    ):
-        super().__init__(student_taps, teacher_taps, **kwargs)
+    def __init__(self, *taps, initial_variance: float = 5.0, epsilon: float = 1e-5, weight: float = 1.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
         self.keep_positive(epsilon=epsilon)
         self.require(
             epsilon < initial_variance < float("inf"),

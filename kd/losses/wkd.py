@@ -47,10 +47,8 @@ class WKDF(FeatureLoss):
             ResNet-32x4 and ResNet-8x4 on CIFAR-100.
     """
 
-    def __init__(
-        self, student_tap: str, teacher_tap: str, grid: int = 1, mean_weight: float = 4.0, weight: float = 0.08
-    ):
-        super().__init__(student_tap, teacher_tap, weight)
+    def __init__(self, *taps, grid: int = 1, mean_weight: float = 4.0, weight: float = 0.08, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
         self.require(grid > 0, f"grid {grid} must be above 0")
         self.keep_nonnegative(mean_weight=mean_weight)
         self.grid = grid
