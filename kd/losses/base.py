@@ -144,15 +144,10 @@ def z_score(rows: Tensor, epsilon: float = 1e-7) -> Tensor:
     Epsilon and denominator are those of the authors' code of logit standardization. A row of equal entries becomes 0;
     it is divided by 1, since dividing by epsilon would give it a gradient ten million times that of its neighbours.
     """
-    scale = deviation(rows)
-    return (rows - rows.mean(1, keepdim=True)) / torch.where(scale > 0, scale + epsilon, 1.0)
-
-
-def deviation(logits: Tensor) -> Tensor:
-    """Standard deviation (B, 1) of each row; where all entries are equal it is 0 and so is its gradient."""
-    variance = logits.var(1, keepdim=True)
+    variance = rows.var(1, keepdim=True)
     flat = variance == 0
-    return torch.where(flat, 0.0, torch.where(flat, 1.0, variance).sqrt())
+    scale = torch.where(flat, 1.0, torch.where(flat, 1.0, variance).sqrt() + epsilon)
+    return (rows - rows.mean(1, keepdim=True)) / scale
 
 
 class SoftenedLoss(LogitLoss):

@@ -61,9 +61,8 @@ class MGD(FeatureLoss):
         student, teacher = self.shapes(setting, maps, "tap maps (CxHxW)")
         channels = teacher[0]
         self.align = nn.Identity() if student[0] == channels else nn.Conv2d(student[0], channels, 1)
-        self.generate = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
-        )
+        first, last = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.generate = nn.Sequential(first, nn.ReLU(), last)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         mine, theirs = same_size(*self.features(student, teacher))

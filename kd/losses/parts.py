@@ -42,12 +42,8 @@ def bins(before: int, after: int, like: Tensor) -> Tensor:
 
 
 def same_size(one: Tensor, other: Tensor, pool: Literal["average", "max"] = "average") -> tuple[Tensor, Tensor]:
-    """Two maps (B, C, H, W) of the smaller height and width of both; a vector (B, D) is a map (B, D, 1, 1).
-
-    Args:
-        one, other: may differ in C, H and W.
-        pool: how the larger is reduced.
-    """
+    """Two maps (B, C, H, W), the larger pooled to the smaller height and width of both; a vector (B, D) is a map
+    (B, D, 1, 1). C may differ."""
     one, other = (feature[..., None, None] if feature.dim() == 2 else feature for feature in (one, other))
     size = tuple(map(min, one.shape[2:], other.shape[2:]))
     reduce = average_pool if pool == "average" else max_pool
