@@ -38,7 +38,7 @@ Read = tuple[Columns, Tensor, Tensor]  # columns, labels (B,) and places in the 
 class Viewed:
     """Columns that a table on disk holds for views of images, and how those that are not there yet are computed.
 
-    table: a `kd.teachers.view_table.ViewTable`.
+    table: a `kd.teachers.tables.ViewTable`.
     compute: gives the columns for the columns of a batch.
     """
 
