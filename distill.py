@@ -15,9 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(DistillConfig, argv)
 
     from kd.data import load_data  # --help and --print_config need none of these
-    from kd.teachers import load_teachers, other_sizes
+    from kd.teachers.load import load_teachers, other_sizes, settle_stored
     from kd.teachers.precompute import precompute_teachers
-    from kd.teachers.stored import settle_stored
     from kd.train import setup
     from kd.train.conclude import conclude
     from kd.train.fit import fit

@@ -52,6 +52,10 @@ def test_the_example_trains(example, call, teacher_run, tmp_path):
     result = call("distill", *arguments, "--teacher", teacher_run, "--losses", loss, "--output_dir", tmp_path / "run")
     assert result.status == 0, result.err
     assert "1 * LogitsHuber(delta=2.0)" in result.out + result.err
+    wrong = loss.replace('"delta"', '"standardise"')
+    refused = call("distill", *arguments, "--teacher", teacher_run, "--losses", wrong)
+    assert "unknown argument of LogitsHuber 'standardise' (did you mean 'standardize'?); known" in refused.err
+    assert "delta, standardize, weight" in refused.err
 
 
 def test_the_learner_and_its_loss_train_and_resume(call, tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def cache_folder(cache_dir: str | None) -> Path:
 
 Columns = dict[str, Tensor]  # of a batch, by name: `image` uint8 (B, C, H, W), and others
 Read = tuple[Columns, Tensor, Tensor]  # columns, labels (B,) and places in the store (B,)
-Look = Callable[[Tensor | None, Columns], Columns]  # further columns of views, see `kd.teachers.view_table`
+Look = Callable[[Tensor | None, Columns], Columns]  # further columns of views, see `kd.teachers.tables`
 
 
 @dataclass

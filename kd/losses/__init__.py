@@ -44,63 +44,16 @@ from kd.losses.vid import VID
 from kd.losses.wkd import WKDF
 from kd.losses.wttm import WTTM
 
-LOSSES: dict[str, type[Loss]] = {
-    "AB": AB,
-    "ABKD": ABKD,
-    "AT": AT,
-    "BinaryKL": BinaryKL,
-    "CC": CC,
-    "CKA": CKA,
-    "CosineEmbedding": CosineEmbedding,
-    "CRD": CRD,
-    "CrossEntropy": CrossEntropy,
-    "CTKD": CTKD,
-    "CWD": CWD,
-    "DIST": DIST,
-    "DKD": DKD,
-    "DoubleSoftmax": DoubleSoftmax,
-    "FeatureDistance": FeatureDistance,
-    "FitNet": FitNet,
-    "FSP": FSP,
-    "FT": FT,
-    "HardLabels": HardLabels,
-    "ICKD": ICKD,
-    "IKL": IKL,
-    "IRG": IRG,
-    "KL": KL,
-    "LogitsMSE": LogitsMSE,
-    "MGD": MGD,
-    "MLKD": MLKD,
-    "NKD": NKD,
-    "NST": NST,
-    "OFA": OFA,
-    "OFD": OFD,
-    "PKT": PKT,
-    "ReviewKD": ReviewKD,
-    "RKD": RKD,
-    "RLD": RLD,
-    "SimKD": SimKD,
-    "SoftCrossEntropy": SoftCrossEntropy,
-    "SoftMAE": SoftMAE,
-    "SP": SP,
-    "VID": VID,
-    "WKDF": WKDF,
-    "WTTM": WTTM,
-}
+LOSSES: dict[str, type[Loss]] = {loss.__name__: loss for loss in (
+    AB, ABKD, AT, BinaryKL, CC, CKA, CosineEmbedding, CRD, CrossEntropy, CTKD, CWD, DIST, DKD, DoubleSoftmax,
+    FeatureDistance, FitNet, FSP, FT, HardLabels, ICKD, IKL, IRG, KL, LogitsMSE, MGD, MLKD, NKD, NST, OFA, OFD, PKT,
+    ReviewKD, RKD, RLD, SimKD, SoftCrossEntropy, SoftMAE, SP, VID, WKDF, WTTM,
+)}  # fmt: skip
 
 __all__ = [
-    "LOSSES",
-    "FeatureLoss",
-    "LogitLoss",
-    "Loss",
-    "RelationLoss",
-    "Setting",
-    "SoftenedLoss",
-    "StagesLoss",
-    "Term",
-    "paper",
-    *LOSSES,
-]
+    "LOSSES", "FeatureLoss", "LogitLoss", "Loss", "RelationLoss", "Setting", "SoftenedLoss", "StagesLoss", "Term",
+    "paper", *LOSSES,
+]  # fmt: skip
 
 
 def paper(loss: type[Loss]) -> str:

@@ -1,7 +1,5 @@
 """List the losses, each with its paper: `python -m kd.losses`; `distill.py --losses.help NAME` explains one."""
 
-from __future__ import annotations
-
 import inspect
 import sys
 

@@ -5,8 +5,6 @@ A family of divergences in which KL (alpha 1, beta 0) and reversed KL (alpha 0, 
 stresses classes where student and teacher are far apart, a larger beta those of which the student is sure.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,22 +37,11 @@ class ABKD(SoftenedLoss):
     Args:
         alpha, beta: the powers, above 0.
         temperature: T, above 0.
-        standardize: see `LogitLoss`.
-        weight: factor of this term in the objective.
     """
 
-    def __init__(
-        self,
-        alpha: float = 0.8,
-        beta: float = 0.3,
-        temperature: float = 4.0,
-        standardize: bool = False,
-        weight: float = 2.0,
-    ):
-        super().__init__(temperature, standardize, weight)
-        self.require(0 < alpha < float("inf"), f"alpha {alpha} must be a finite number above 0")
-        self.require(0 < beta < float("inf"), f"beta {beta} must be a finite number above 0")
-        self.alpha, self.beta = alpha, beta
+    def __init__(self, alpha: float = 0.8, beta: float = 0.3, temperature: float = 4.0, weight: float = 2.0, **kwargs):
+        super().__init__(temperature, weight=weight, **kwargs)
+        self.keep_positive(alpha=alpha, beta=beta)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return alpha_beta_divergence(*self.logits(student, teacher), self.alpha, self.beta, self.temperature)

@@ -4,8 +4,6 @@ The student's neurons, through a learned connector, are to be active where the t
 pushed beyond a margin on the side of zero where the teacher's are (section 3, the alternative loss).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -15,15 +13,8 @@ from kd.outputs import Batch, Outputs
 
 
 def boundary_distance(student: Tensor, teacher: Tensor, margin: float) -> Tensor:
-    """The squared hinge max(0, margin - s) where the teacher is above 0 and max(0, margin + s) elsewhere.
-
-    Args:
-        student, teacher: (B, C, H, W), before the ReLU.
-        margin: how far from zero the student need go.
-
-    Returns:
-        The sum over channels and places, the mean over images.
-    """
+    """The squared hinge max(0, margin - s) where the teacher is above 0 and max(0, margin + s) elsewhere, of maps
+    (B, C, H, W) before the ReLU: the sum over channels and places, the mean over images."""
     hinge = margin - torch.where(teacher > 0, student, -student)
     return hinge.relu().square().flatten(1).sum(1).mean()
 
@@ -42,22 +33,20 @@ class AB(StagesLoss):
         student_taps, teacher_taps: dotted module names of maps (C, H, W) or vectors before the ReLU, from lower to
             upper, in the order of the pairs.
         margin: how far beyond zero a neuron is pushed, above 0.
-        weight: factor of this term in the objective.
     """
 
     SCALE = 3 / 1000
 
-    def __init__(self, student_taps: list[str], teacher_taps: list[str], margin: float = 1.0, weight: float = 1.0):
-        super().__init__(student_taps, teacher_taps, weight)
-        self.require(0 < margin < float("inf"), f"margin {margin} must be a finite number above 0")
-        self.margin = margin
+    def __init__(self, *taps, margin: float = 1.0, weight: float = 1.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
+        self.keep_positive(margin=margin)
 
     def setup(self, setting: Setting) -> None:
-        self.connectors = nn.ModuleList()
-        for pair, (mine, theirs) in enumerate(self.shapes(setting)):
-            if not alike(mine, theirs):
-                raise self.mismatch(pair, setting, "tap two maps (CxHxW) or two vectors")
-            self.connectors.append(nn.Identity() if mine[0] == theirs[0] else connector(mine[0], theirs[0]))
+        pairs = self.shapes(setting, alike, "tap two maps (CxHxW) or two vectors")
+        channels = ((mine[0], theirs[0]) for mine, theirs in pairs)
+        self.connectors = nn.ModuleList(
+            nn.Identity() if one == other else connector(one, other) for one, other in channels
+        )
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         total = 0.0

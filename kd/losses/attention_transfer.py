@@ -4,13 +4,11 @@ An attention map is the sum over a feature map's channels of |activation|^p, sca
 approach the teacher's (section 3.1, equation 2).
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses.base import Setting, StagesLoss
-from kd.losses.parts import same_size, unit
+from kd.losses.parts import large_maps, same_size, unit
 from kd.outputs import Batch, Outputs
 
 
@@ -36,19 +34,15 @@ class AT(StagesLoss):
     Args:
         student_taps, teacher_taps: dotted module names of maps (C, H, W), in the order of the pairs.
         power: p of |activation|^p, 1 or more; higher puts more weight on the strongest places.
-        weight: factor of this term in the objective.
     """
 
-    def __init__(self, student_taps: list[str], teacher_taps: list[str], power: float = 2.0, weight: float = 1000.0):
-        super().__init__(student_taps, teacher_taps, weight)
+    def __init__(self, *taps, power: float = 2.0, weight: float = 1000.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
         self.require(1 <= power < float("inf"), f"power {power} must be a finite number, 1 or more")
         self.power = power
 
     def setup(self, setting: Setting) -> None:
-        for pair, shapes in enumerate(self.shapes(setting)):
-            # of one place alone the attention is always 1
-            if any(len(shape) != 3 or shape[1:] == (1, 1) for shape in shapes):
-                raise self.mismatch(pair, setting, "tap maps (CxHxW) larger than 1x1")
+        self.shapes(setting, large_maps, "tap maps (CxHxW) larger than 1x1")  # at 1x1 the attention is always 1
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return sum(attention_distance(*pair, self.power) for pair in self.features(student, teacher))

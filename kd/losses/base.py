@@ -1,8 +1,7 @@
 """What every loss is."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor, nn
 
 from kd.outputs import Batch, Outputs
 from kd.util.gathers import global_rows
+
+Suit = Callable[[tuple, tuple], bool]  # whether a loss can compare two features, by their shapes without the batch axis
 
 
 @dataclass
@@ -33,8 +34,9 @@ class Setting:
 class Loss(nn.Module):
     """One weighted term of the objective.
 
-    A subclass takes its hyperparameters as keyword arguments with the paper's defaults, hands `weight` to this
-    constructor, and computes its unweighted scalar in `forward`; the distiller multiplies it by `weight`.
+    A subclass takes its hyperparameters as keyword arguments with the paper's defaults, and as `*taps, **kwargs` its
+    parent's, which it hands on and which are explained there. It computes its unweighted scalar in `forward`; the
+    distiller multiplies it by `weight`.
 
     A loss on features names the modules it needs in `student_taps` and `teacher_taps` and finds their outputs in
     `Outputs.features`. What it must learn (a regressor) it builds in `setup` as submodules, from the features' shapes.
@@ -46,6 +48,9 @@ class Loss(nn.Module):
 
     A loss that reads `batch.labels` has `reads_labels` true, and is then given only the images whose label is known;
     one that takes each image to be of one class (labels int64) has `hard_labels` true, which implies it.
+
+    Args:
+        weight: factor of this term in the objective.
     """
 
     needs_teacher = True
@@ -58,8 +63,19 @@ class Loss(nn.Module):
 
     def __init__(self, weight: float = 1.0):
         super().__init__()
-        self.require(0 <= weight < float("inf"), f"weight {weight} must be a finite number, 0 or more")
-        self.weight = weight
+        self.keep_nonnegative(weight=weight)
+
+    def __init_subclass__(cls, **kwargs):
+        """Let the signature name the parent's arguments in place of `*taps, **kwargs`: flags and recipes read it."""
+        super().__init_subclass__(**kwargs)
+        signature = inspect.signature(cls.__init__)
+        _, *own = signature.parameters.values()
+        if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
+            named = {p.name: p for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+            others = [p for p in inspect.signature(cls.__base__).parameters.values() if p.name not in named]
+            own = sorted([*named.values(), *others], key=lambda p: (p.default is not p.empty, p.name not in named))
+            own = [p.replace(kind=p.KEYWORD_ONLY) for p in own]
+        cls.__signature__ = signature.replace(parameters=own)
 
     @property
     def name(self) -> str:
@@ -70,6 +86,18 @@ class Loss(nn.Module):
         """Raise a ValueError that names this loss unless the condition holds."""
         if not condition:
             raise ValueError(f"{type(self).__name__}: {message}")
+
+    def keep_nonnegative(self, **arguments: float) -> None:
+        """Keep arguments as attributes of their names; each must be a finite number, 0 or more."""
+        for name, value in arguments.items():
+            self.require(0 <= value < float("inf"), f"{name} {value} must be a finite number, 0 or more")
+            setattr(self, name, value)
+
+    def keep_positive(self, **arguments: float) -> None:
+        """Keep arguments as attributes of their names; each must be a finite number above 0."""
+        for name, value in arguments.items():
+            self.require(0 < value < float("inf"), f"{name} {value} must be a finite number above 0")
+            setattr(self, name, value)
 
     def setup(self, setting: Setting) -> None:
         """Build what is learned, and check what can be; called once, before the first step.
@@ -92,7 +120,6 @@ class LogitLoss(Loss):
             (Sun et al. 2024, Logit Standardization in Knowledge Distillation, https://arxiv.org/abs/2403.01427,
             equation 8; the paper combines it with temperature 2 and weight 9). Nothing else of a loss changes: a factor
             T^2 stays, as in the authors' code. 3 classes or more.
-        weight: factor of this term in the objective.
     """
 
     def __init__(self, standardize: bool = False, weight: float = 1.0):
@@ -117,15 +144,10 @@ def z_score(rows: Tensor, epsilon: float = 1e-7) -> Tensor:
     Epsilon and denominator are those of the authors' code of logit standardization. A row of equal entries becomes 0;
     it is divided by 1, since dividing by epsilon would give it a gradient ten million times that of its neighbours.
     """
-    scale = deviation(rows)
-    return (rows - rows.mean(1, keepdim=True)) / torch.where(scale > 0, scale + epsilon, 1.0)
-
-
-def deviation(logits: Tensor) -> Tensor:
-    """Standard deviation (B, 1) of each row; where all entries are equal it is 0 and so is its gradient."""
-    variance = logits.var(1, keepdim=True)
+    variance = rows.var(1, keepdim=True)
     flat = variance == 0
-    return torch.where(flat, 0.0, torch.where(flat, 1.0, variance).sqrt())
+    scale = torch.where(flat, 1.0, torch.where(flat, 1.0, variance).sqrt() + epsilon)
+    return (rows - rows.mean(1, keepdim=True)) / scale
 
 
 class SoftenedLoss(LogitLoss):
@@ -133,47 +155,11 @@ class SoftenedLoss(LogitLoss):
 
     Args:
         temperature: T, above 0; higher makes small probabilities count more.
-        standardize: see `LogitLoss`.
-        weight: factor of this term in the objective.
     """
 
     def __init__(self, temperature: float, standardize: bool = False, weight: float = 1.0):
         super().__init__(standardize, weight)
-        self.require(0 < temperature < float("inf"), f"temperature {temperature} must be a finite number above 0")
-        self.temperature = temperature
-
-
-class FeatureLoss(Loss):
-    """A loss between one feature of the student and one of the teacher.
-
-    Args:
-        student_tap, teacher_tap: dotted module names; `python -m kd.models NAME` lists them.
-        weight: factor of this term in the objective.
-    """
-
-    def __init__(self, student_tap: str, teacher_tap: str, weight: float = 1.0):
-        super().__init__(weight)
-        self.student_tap, self.teacher_tap = student_tap, teacher_tap
-
-    @property
-    def student_taps(self) -> list[str]:
-        return [self.student_tap]
-
-    @property
-    def teacher_taps(self) -> list[str]:
-        return [self.teacher_tap]
-
-    def shapes(self, setting: Setting) -> tuple[tuple, tuple]:
-        """The shapes of the student's and the teacher's feature, without the batch axis."""
-        return setting.student_shapes[self.student_tap], setting.teacher_shapes[self.teacher_tap]
-
-    def features(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
-        """The student's and the teacher's feature."""
-        return student.features[self.student_tap], teacher.features[self.teacher_tap]
-
-    def mismatch(self, setting: Setting, remedy: str) -> ValueError:
-        """The error for two features that cannot be compared."""
-        return _mismatch(self, self.student_tap, self.teacher_tap, setting, remedy)
+        self.keep_positive(temperature=temperature)
 
 
 class StagesLoss(Loss):
@@ -182,7 +168,6 @@ class StagesLoss(Loss):
     Args:
         student_taps, teacher_taps: dotted module names, in the order of the pairs; `python -m kd.models NAME` lists
             them.
-        weight: factor of this term in the objective.
     """
 
     def __init__(self, student_taps: list[str], teacher_taps: list[str], weight: float = 1.0):
@@ -193,19 +178,56 @@ class StagesLoss(Loss):
         )
         self.student_taps, self.teacher_taps = list(student_taps), list(teacher_taps)
 
-    def shapes(self, setting: Setting) -> list[tuple[tuple, tuple]]:
-        """For each pair the shapes of the student's and the teacher's feature, without the batch axis."""
-        mine = (setting.student_shapes[name] for name in self.student_taps)
-        return list(zip(mine, (setting.teacher_shapes[name] for name in self.teacher_taps), strict=True))
+    def shapes(self, setting: Setting, suit: Suit | None = None, remedy: str = "") -> list[tuple[tuple, tuple]]:
+        """For each pair the shapes of the student's and the teacher's feature, without the batch axis.
+
+        Raises:
+            ValueError: a pair does not suit; with its shapes and the remedy.
+        """
+        found = self._pairs(setting.student_shapes, setting.teacher_shapes)
+        for pair, shapes in enumerate(found):
+            if suit is not None and not suit(*shapes):
+                raise StagesLoss.mismatch(self, pair, setting, remedy)
+        return found
 
     def features(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
         """For each pair the student's and the teacher's feature."""
-        mine = (student.features[name] for name in self.student_taps)
-        return list(zip(mine, (teacher.features[name] for name in self.teacher_taps), strict=True))
+        return self._pairs(student.features, teacher.features)
+
+    def _pairs(self, student: dict, teacher: dict) -> list[tuple]:
+        taps = zip(self.student_taps, self.teacher_taps, strict=True)
+        return [(student[mine], teacher[theirs]) for mine, theirs in taps]
 
     def mismatch(self, pair: int, setting: Setting, remedy: str) -> ValueError:
         """The error for two features that cannot be compared."""
-        return _mismatch(self, self.student_taps[pair], self.teacher_taps[pair], setting, remedy)
+        one, other = self.student_taps[pair], self.teacher_taps[pair]
+        mine, theirs = ("x".join(map(str, shape)) for shape in StagesLoss.shapes(self, setting)[pair])
+        words = f"the student's {one} is {mine} and the teacher's {other} is {theirs}; {remedy}"
+        return ValueError(f"{type(self).__name__}: {words}")
+
+
+class FeatureLoss(StagesLoss):
+    """A loss between one feature of the student and one of the teacher.
+
+    Args:
+        student_tap, teacher_tap: dotted module names; `python -m kd.models NAME` lists them.
+    """
+
+    def __init__(self, student_tap: str, teacher_tap: str, weight: float = 1.0):
+        super().__init__([student_tap], [teacher_tap], weight)
+        self.student_tap, self.teacher_tap = student_tap, teacher_tap
+
+    def shapes(self, setting: Setting, suit: Suit | None = None, remedy: str = "") -> tuple[tuple, tuple]:
+        """The shapes of the student's and the teacher's feature, without the batch axis, if they suit."""
+        return super().shapes(setting, suit, remedy)[0]
+
+    def features(self, student: Outputs, teacher: Outputs) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's feature."""
+        return super().features(student, teacher)[0]
+
+    def mismatch(self, setting: Setting, remedy: str) -> ValueError:
+        """The error for two features that cannot be compared."""
+        return super().mismatch(0, setting, remedy)
 
 
 class RelationLoss(FeatureLoss):
@@ -213,10 +235,6 @@ class RelationLoss(FeatureLoss):
 
     It sees the global batch: the features of all processes, with gradients. A batch of one image has no relations, and
     the loss is 0.
-
-    Args:
-        student_tap, teacher_tap: dotted module names; `python -m kd.models NAME` lists them.
-        weight: factor of this term in the objective.
     """
 
     sees_batch = True
@@ -229,14 +247,3 @@ class RelationLoss(FeatureLoss):
 def ramp(epoch: int, warmup_epochs: int) -> float:
     """A factor that rises linearly to 1 over the first epochs: (epoch + 1) / warmup_epochs, epochs counted from 0."""
     return min(1.0, (epoch + 1) / warmup_epochs) if warmup_epochs else 1.0
-
-
-def _mismatch(loss: Loss, student_tap: str, teacher_tap: str, setting: Setting, remedy: str) -> ValueError:
-    mine, theirs = (
-        "x".join(map(str, shape))
-        for shape in (setting.student_shapes[student_tap], setting.teacher_shapes[teacher_tap])
-    )
-    return ValueError(
-        f"{type(loss).__name__}: the student's {student_tap} is {mine} and the teacher's {teacher_tap} is {theirs}; "
-        f"{remedy}"
-    )

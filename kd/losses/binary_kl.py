@@ -4,8 +4,6 @@ The paper's loss on logits (MLD), for networks trained with a binary cross entro
 several classes, so their probabilities are sigmoids that do not sum to 1, and each class is a distribution of its own.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

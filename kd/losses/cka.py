@@ -6,8 +6,6 @@ other (section 3). It does not change when a feature is rotated, scaled or shift
 so that nothing has to be learned. The paper measures with it; here one minus it is minimised.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from kd.losses.base import RelationLoss

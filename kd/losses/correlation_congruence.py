@@ -6,8 +6,6 @@ with: both networks' features are embedded in one space by a learned linear map 
 images of the batch the absolute differences of student and teacher are multiplied with each other.
 """
 
-from __future__ import annotations
-
 import math
 
 from torch import Tensor, nn
@@ -38,18 +36,12 @@ class CC(RelationLoss):
         student_tap, teacher_tap: dotted module names, usually of the penultimate vectors; the features are flattened.
         dimension: length of the embeddings.
         train_teacher_embedding: whether the teacher's embedding is learned too.
-        weight: factor of this term in the objective.
     """
 
     def __init__(
-        self,
-        student_tap: str,
-        teacher_tap: str,
-        dimension: int = 128,
-        train_teacher_embedding: bool = True,
-        weight: float = 0.02,
+        self, *taps, dimension: int = 128, train_teacher_embedding: bool = True, weight: float = 0.02, **kwargs
     ):
-        super().__init__(student_tap, teacher_tap, weight)
+        super().__init__(*taps, weight=weight, **kwargs)
         self.require(dimension >= 1, f"dimension {dimension} must be 1 or more")
         self.dimension, self.train_teacher_embedding = dimension, train_teacher_embedding
 
@@ -60,6 +52,5 @@ class CC(RelationLoss):
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         mine, theirs = self.features(student, teacher, batch)
-        return neighbour_incongruence(
-            self.student_embedding(mine.flatten(1)), self.teacher_embedding(theirs.flatten(1))
-        )
+        mine, theirs = self.student_embedding(mine.flatten(1)), self.teacher_embedding(theirs.flatten(1))
+        return neighbour_incongruence(mine, theirs)

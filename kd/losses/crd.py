@@ -8,8 +8,6 @@ that holds a moving average of every training image's embedding. Each network is
 h = p / (p + K / M) for M training images, where p = exp(<student, teacher> / temperature) / Z.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -47,7 +45,7 @@ def products(anchors: Tensor, bank: Tensor, places: Tensor, whole: bool) -> Tens
     `whole`: by one matrix product with the whole bank, from which (B, P) numbers are taken; else the rows are gathered.
     """
     found = []
-    for some, at in _chunks(anchors, places, len(bank) if whole else places.shape[1] * bank.shape[1]):
+    for some, at in _chunks(anchors, places, bank, whole):
         found.append((some @ bank.T).gather(1, at) if whole else (_rows(bank, at) @ some[:, :, None])[..., 0])
     return torch.cat(found)
 
@@ -55,7 +53,7 @@ def products(anchors: Tensor, bank: Tensor, places: Tensor, whole: bool) -> Tens
 def weighted_sums(weights: Tensor, bank: Tensor, places: Tensor, whole: bool) -> Tensor:
     """The sum over k of weights[i, k] * bank[places[i, k]], (B, D): the adjoint of `products`."""
     found = []
-    for some, at in _chunks(weights, places, len(bank) if whole else places.shape[1] * bank.shape[1]):
+    for some, at in _chunks(weights, places, bank, whole):
         if whole:
             # Equal places of a row have equal weights here, so their sum does not depend on the order, even on a GPU.
             found.append(some.new_zeros(len(some), len(bank)).scatter_add_(1, at, some) @ bank)
@@ -64,10 +62,10 @@ def weighted_sums(weights: Tensor, bank: Tensor, places: Tensor, whole: bool) ->
     return torch.cat(found)
 
 
-def _chunks(one: Tensor, other: Tensor, scalars: int):
-    """Pairs of parts of two tensors, so many rows at once that they need no more than CHUNK, at `scalars` a row."""
-    rows = max(1, CHUNK // scalars)
-    return zip(one.split(rows), other.split(rows), strict=True)
+def _chunks(factors: Tensor, places: Tensor, bank: Tensor, whole: bool):
+    """Pairs of parts of factors and places, so many rows at once that they need no more than CHUNK scalars."""
+    rows = max(1, CHUNK // (len(bank) if whole else places.shape[1] * bank.shape[1]))
+    return zip(factors.split(rows), places.split(rows), strict=True)
 
 
 def _rows(bank: Tensor, places: Tensor) -> Tensor:
@@ -75,14 +73,8 @@ def _rows(bank: Tensor, places: Tensor) -> Tensor:
 
 
 def contrast(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """-log h of the positive pair minus the sum of log(1 - h) of the negative ones, the mean over the images.
-
-    Args:
-        logits: of the critic h, (B, 1 + K), the positive pair first.
-
-    Returns:
-        The value, a scalar, and its derivative by the logits, (B, 1 + K).
-    """
+    """-log h of the positive pair minus the sum of log(1 - h) of the negative ones, the mean over the images, a scalar,
+    and its derivative by the critic's logits (B, 1 + K), in which the positive pair is first."""
     value = -(F.logsigmoid(logits[:, 0]) + F.logsigmoid(-logits[:, 1:]).sum(1)).mean()
     slope = logits.sigmoid()
     slope[:, 0] -= 1
@@ -105,7 +97,6 @@ class CRD(FeatureLoss):
         temperature: divides the products of the embeddings, above 0 (the published code's value).
         momentum: the share of its old value that a memory keeps when its image is seen, in [0, 1).
         dimensions: D, length of the embeddings.
-        weight: factor of this term in the objective.
     """
 
     sees_batch = True  # the bank learns from a whole batch after it
@@ -114,20 +105,20 @@ class CRD(FeatureLoss):
 
     def __init__(
         self,
-        student_tap: str,
-        teacher_tap: str,
+        *taps,
         negatives: int = 16384,
         temperature: float = 0.07,
         momentum: float = 0.5,
         dimensions: int = 128,
         weight: float = 0.8,
+        **kwargs,
     ):
-        super().__init__(student_tap, teacher_tap, weight)
+        super().__init__(*taps, weight=weight, **kwargs)
         self.require(negatives > 0, f"negatives {negatives} must be above 0")
-        self.require(0 < temperature < float("inf"), f"temperature {temperature} must be a finite number above 0")
+        self.keep_positive(temperature=temperature)
         self.require(0 <= momentum < 1, f"momentum {momentum} must be in [0, 1)")
         self.require(dimensions > 0, f"dimensions {dimensions} must be above 0")
-        self.negatives, self.temperature, self.momentum, self.dimensions = negatives, temperature, momentum, dimensions
+        self.negatives, self.momentum, self.dimensions = negatives, momentum, dimensions
 
     def setup(self, setting: Setting) -> None:
         labels = setting.labels
@@ -138,9 +129,8 @@ class CRD(FeatureLoss):
             nn.Linear(math.prod(shape), self.dimensions) for shape in self.shapes(setting)
         )
         for number, name in enumerate(("student_bank", "teacher_bank")):
-            self.register_buffer(
-                name, self._first_values(len(labels), keyed.key(torch.initial_seed(), keyed.Purpose.NEGATIVES, number))
-            )
+            base = keyed.key(torch.initial_seed(), keyed.Purpose.NEGATIVES, number)
+            self.register_buffer(name, self._first_values(len(labels), base))
         self.register_buffer("log_means", torch.zeros(2))  # log(Z / M) where student and teacher are the anchors
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         self.register_buffer("order", labels.argsort(stable=True)[len(labels) - int(counts.sum()) :], persistent=False)
@@ -168,10 +158,8 @@ class CRD(FeatureLoss):
         negatives = draw_negatives(batch.keys, batch.labels, self.negatives, self.order, self.counts)
         places = torch.cat([batch.index[:, None], negatives], 1)
         banks = self.student_bank, self.teacher_bank
-        logits = [
-            products(anchor, bank, places, self.whole) / self.temperature
-            for anchor, bank in zip(anchors, reversed(banks), strict=True)
-        ]
+        opposite = zip(anchors, reversed(banks), strict=True)
+        logits = [products(anchor, bank, places, self.whole) / self.temperature for anchor, bank in opposite]
         means = torch.stack([each.logsumexp(1) - math.log(places.shape[1]) for each in logits], 1)
         rows, index = global_rows(torch.cat([*anchors, means], 1), batch), global_rows(batch.index, batch)
         estimate = rows[:, -2:].logsumexp(0) - math.log(len(rows))

@@ -1,7 +1,5 @@
 """Cross entropy with the labels."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,7 +13,6 @@ class CrossEntropy(Loss):
     Args:
         label_smoothing: share of the target spread evenly over all classes
             (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567, section 7), in [0, 1).
-        weight: factor of this term in the objective.
     """
 
     needs_teacher = False

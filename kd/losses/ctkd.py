@@ -5,8 +5,6 @@ the student: its gradient is reversed, so that it makes the loss larger. The rev
 strength that rises from 0 to 1 by a cosine over the first epochs, from easy to hard.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -38,7 +36,6 @@ class CTKD(LogitLoss):
         min_temperature: the lowest T, above 0.
         temperature_range: T stays below min_temperature + temperature_range.
         warmup_epochs: over so many first epochs the strength of the reversed gradient rises to 1.
-        standardize: see `LogitLoss`.
         weight: factor of this term in the objective; the authors have 0.9, beside a cross entropy of weight 0.1.
     """
 
@@ -47,15 +44,12 @@ class CTKD(LogitLoss):
         min_temperature: float = 1.0,
         temperature_range: float = 20.0,
         warmup_epochs: int = 10,
-        standardize: bool = False,
         weight: float = 0.9,
+        **kwargs,
     ):
-        super().__init__(standardize, weight)
-        for name, value in (("min_temperature", min_temperature), ("temperature_range", temperature_range)):
-            self.require(0 < value < float("inf"), f"{name} {value} must be a finite number above 0")
-        self.require(warmup_epochs >= 0, f"warmup_epochs {warmup_epochs} must be 0 or more")
-        self.min_temperature, self.temperature_range = min_temperature, temperature_range
-        self.warmup_epochs = warmup_epochs
+        super().__init__(weight=weight, **kwargs)
+        self.keep_positive(min_temperature=min_temperature, temperature_range=temperature_range)
+        self.keep_nonnegative(warmup_epochs=warmup_epochs)
 
     def setup(self, setting: Setting) -> None:
         super().setup(setting)

@@ -6,13 +6,11 @@ divergence of the student's from the teacher's, times T^2, the mean over channel
 aligns the student's channels where their number differs.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.losses.base import FeatureLoss, Setting
-from kd.losses.parts import same_size
+from kd.losses.parts import maps, same_size
 from kd.outputs import Batch, Outputs
 
 
@@ -34,15 +32,12 @@ class CWD(FeatureLoss):
             segmentation (3 for maps of logits). The paper has no classification.
     """
 
-    def __init__(self, student_tap: str, teacher_tap: str, temperature: float = 4.0, weight: float = 50.0):
-        super().__init__(student_tap, teacher_tap, weight)
-        self.require(0 < temperature < float("inf"), f"temperature {temperature} must be a finite number above 0")
-        self.temperature = temperature
+    def __init__(self, *taps, temperature: float = 4.0, weight: float = 50.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
+        self.keep_positive(temperature=temperature)
 
     def setup(self, setting: Setting) -> None:
-        student, teacher = self.shapes(setting)
-        if len(student) != 3 or len(teacher) != 3:
-            raise self.mismatch(setting, "tap maps (CxHxW)")
+        student, teacher = self.shapes(setting, maps, "tap maps (CxHxW)")
         if min(student[1], teacher[1]) * min(student[2], teacher[2]) == 1:
             raise self.mismatch(setting, "a softmax over one position is always 1; tap larger maps")
         self.align = nn.Identity() if student[0] == teacher[0] else nn.Conv2d(student[0], teacher[0], 1, bias=False)

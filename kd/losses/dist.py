@@ -7,8 +7,6 @@ loss is 1 minus the mean correlation of student and teacher (section 4).
 Differs from the paper: both are multiplied by T^2, as in the authors' code, from which the published numbers are.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,24 +44,13 @@ class DIST(SoftenedLoss):
         beta: weight of the inter-class relation.
         gamma: weight of the intra-class relation.
         temperature: T, above 0. The authors' CIFAR-100 configuration has T 4 and weight 2 on both relations.
-        standardize: see `LogitLoss`.
-        weight: factor of this term in the objective.
     """
 
     sees_batch = True
 
-    def __init__(
-        self,
-        beta: float = 2.0,
-        gamma: float = 2.0,
-        temperature: float = 4.0,
-        standardize: bool = False,
-        weight: float = 1.0,
-    ):
-        super().__init__(temperature, standardize, weight)
-        self.require(0 <= beta < float("inf"), f"beta {beta} must be a finite number, 0 or more")
-        self.require(0 <= gamma < float("inf"), f"gamma {gamma} must be a finite number, 0 or more")
-        self.beta, self.gamma = beta, gamma
+    def __init__(self, beta: float = 2.0, gamma: float = 2.0, temperature: float = 4.0, **kwargs):
+        super().__init__(temperature, **kwargs)
+        self.keep_nonnegative(beta=beta, gamma=gamma)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         logits = (global_rows(rows, batch) for rows in self.logits(student, teacher))

@@ -9,8 +9,6 @@ Differs from the paper: both are multiplied by T^2, as in the authors' code. The
 first 20 epochs.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -52,26 +50,15 @@ class DKD(SoftenedLoss):
             of networks, 8 for ResNet-32x4 to ResNet-8x4.
         temperature: T, above 0.
         warmup_epochs: over so many first epochs the loss rises linearly to its full weight; 0 for none.
-        standardize: see `LogitLoss`.
-        weight: factor of this term in the objective.
     """
 
     hard_labels = True
 
     def __init__(
-        self,
-        alpha: float = 1.0,
-        beta: float = 8.0,
-        temperature: float = 4.0,
-        warmup_epochs: int = 20,
-        standardize: bool = False,
-        weight: float = 1.0,
+        self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, warmup_epochs: int = 20, **kwargs
     ):
-        super().__init__(temperature, standardize, weight)
-        self.require(0 <= alpha < float("inf"), f"alpha {alpha} must be a finite number, 0 or more")
-        self.require(0 <= beta < float("inf"), f"beta {beta} must be a finite number, 0 or more")
-        self.require(warmup_epochs >= 0, f"warmup_epochs {warmup_epochs} must be 0 or more")
-        self.alpha, self.beta, self.warmup_epochs = alpha, beta, warmup_epochs
+        super().__init__(temperature, **kwargs)
+        self.keep_nonnegative(alpha=alpha, beta=beta, warmup_epochs=warmup_epochs)
 
     def setup(self, setting: Setting) -> None:
         super().setup(setting)

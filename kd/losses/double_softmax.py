@@ -4,8 +4,6 @@ The second softmax sees numbers between 0 and 1, so no probability can exceed e 
 gradients are small, and a network trained alone looks much worse than it is, which makes distillation look better.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,11 +12,7 @@ from kd.outputs import Batch, Outputs
 
 
 class DoubleSoftmax(Loss):
-    """Cross entropy of probabilities taken for logits; wrong, use CrossEntropy.
-
-    Args:
-        weight: factor of this term in the objective.
-    """
+    """Cross entropy of probabilities taken for logits; wrong, use CrossEntropy."""
 
     needs_teacher = False
     reads_labels = True

@@ -4,15 +4,13 @@ A paraphraser, a convolutional autoencoder, compresses the teacher's feature map
 student's feature map learns to give the same factor, both scaled to unit length (section 3).
 """
 
-from __future__ import annotations
-
 from itertools import chain, pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.losses.base import FeatureLoss, Setting
-from kd.losses.parts import same_size, unit
+from kd.losses.parts import maps, same_size, unit
 from kd.outputs import Batch, Outputs
 
 
@@ -45,29 +43,14 @@ class FT(FeatureLoss):
         student_tap, teacher_tap: dotted module names of maps (C, H, W).
         rate: channels of the factor as a share of the teacher's, above 0.
         reconstruction_weight: factor of the paraphraser's error beside the distance; with `weight` the default makes 1.
-        weight: factor of this term in the objective.
     """
 
-    def __init__(
-        self,
-        student_tap: str,
-        teacher_tap: str,
-        rate: float = 0.5,
-        reconstruction_weight: float = 0.005,
-        weight: float = 200.0,
-    ):
-        super().__init__(student_tap, teacher_tap, weight)
-        self.require(0 < rate < float("inf"), f"rate {rate} must be a finite number above 0")
-        self.require(
-            0 < reconstruction_weight < float("inf"),
-            f"reconstruction_weight {reconstruction_weight} must be a finite number above 0",
-        )
-        self.rate, self.reconstruction_weight = rate, reconstruction_weight
+    def __init__(self, *taps, rate: float = 0.5, reconstruction_weight: float = 0.005, weight: float = 200.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
+        self.keep_positive(rate=rate, reconstruction_weight=reconstruction_weight)
 
     def setup(self, setting: Setting) -> None:
-        mine, theirs = self.shapes(setting)
-        if len(mine) != 3 or len(theirs) != 3:
-            raise self.mismatch(setting, "tap maps (CxHxW)")
+        mine, theirs = self.shapes(setting, maps, "tap maps (CxHxW)")
         factor = max(1, round(theirs[0] * self.rate))
         self.encoder = layers(nn.Conv2d, theirs[0], theirs[0], factor, factor)
         self.decoder = layers(nn.ConvTranspose2d, factor, factor, theirs[0], theirs[0])

@@ -4,9 +4,8 @@ The forms of PyTorch's knowledge distillation tutorial
 (https://pytorch.org/tutorials/beginner/knowledge_distillation_tutorial.html) and of the notebooks after it.
 """
 
-from __future__ import annotations
-
 import math
+import operator
 from typing import Literal
 
 import torch.nn.functional as F
@@ -22,25 +21,15 @@ class FeatureDistance(FeatureLoss):
     """Mean distance of two features of one shape, over all their elements.
 
     Args:
-        student_tap, teacher_tap: dotted module names; `python -m kd.models NAME` lists them.
         distance: mse, l1 or smooth_l1 (torch's, beta 1).
-        weight: factor of this term in the objective.
     """
 
-    def __init__(
-        self,
-        student_tap: str,
-        teacher_tap: str,
-        distance: Literal["mse", "l1", "smooth_l1"] = "mse",
-        weight: float = 1.0,
-    ):
-        super().__init__(student_tap, teacher_tap, weight)
+    def __init__(self, *taps, distance: Literal["mse", "l1", "smooth_l1"] = "mse", weight: float = 1.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
         self.distance = distance
 
     def setup(self, setting: Setting) -> None:
-        mine, theirs = self.shapes(setting)
-        if mine != theirs:
-            raise self.mismatch(setting, "tap modules of equal shape, or use FitNet, which learns a regressor")
+        self.shapes(setting, operator.eq, "tap modules of equal shape, or use FitNet, which learns a regressor")
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return DISTANCES[self.distance](*self.features(student, teacher))
@@ -58,12 +47,7 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class CosineEmbedding(FeatureLoss):
-    """One minus the cosine of the flattened features; the teacher's is average-pooled to the student's length.
-
-    Args:
-        student_tap, teacher_tap: dotted module names; `python -m kd.models NAME` lists them.
-        weight: factor of this term in the objective.
-    """
+    """One minus the cosine of the flattened features; the teacher's is average-pooled to the student's length."""
 
     def setup(self, setting: Setting) -> None:
         mine, theirs = self.shapes(setting)

@@ -3,13 +3,11 @@
 A convolutional regressor on the student's feature map learns to predict the teacher's (equation 3).
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.losses.base import FeatureLoss, Setting
-from kd.losses.parts import BatchNorm
+from kd.losses.parts import BatchNorm, maps
 from kd.outputs import Batch, Outputs
 
 
@@ -25,25 +23,16 @@ class FitNet(FeatureLoss):
         kernel_size: of the regressor, an odd number.
         batch_norm: whether the regressor ends in batch norm and ReLU. A convolution alone suits features of any sign,
             and a weight near 1: at 100 and the comparison's learning rate it diverges.
-        weight: factor of this term in the objective.
     """
 
-    def __init__(
-        self,
-        student_tap: str,
-        teacher_tap: str,
-        kernel_size: int = 1,
-        batch_norm: bool = True,
-        weight: float = 100.0,
-    ):
-        super().__init__(student_tap, teacher_tap, weight)
+    def __init__(self, *taps, kernel_size: int = 1, batch_norm: bool = True, weight: float = 100.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
         self.require(kernel_size % 2 == 1 and kernel_size > 0, f"kernel_size {kernel_size} must be odd and above 0")
         self.kernel_size, self.batch_norm = kernel_size, batch_norm
 
     def setup(self, setting: Setting) -> None:
-        student, teacher = self.shapes(setting)
-        if len(student) != 3 or len(teacher) != 3 or student[1:] != teacher[1:]:
-            raise self.mismatch(setting, "tap maps (CxHxW) of equal height and width")
+        remedy = "tap maps (CxHxW) of equal height and width"
+        student, teacher = self.shapes(setting, lambda one, other: maps(one, other) and one[1:] == other[1:], remedy)
         convolution = nn.Conv2d(student[0], teacher[0], self.kernel_size, padding=self.kernel_size // 2)
         after = [BatchNorm(teacher[0]), nn.ReLU()] if self.batch_norm else []
         self.regressor = nn.Sequential(convolution, *after)

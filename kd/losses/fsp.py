@@ -4,8 +4,6 @@ The flow of solution procedure between two layers is the matrix of inner product
 student's matrices approach the teacher's (equation 2).
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch
@@ -13,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses.base import Setting, StagesLoss
-from kd.losses.parts import same_size
+from kd.losses.parts import maps, same_size
 from kd.outputs import Batch, Outputs
 
 
@@ -37,20 +35,17 @@ class FSP(StagesLoss):
 
     Args:
         student_taps, teacher_taps: dotted module names of maps (C, H, W) from lower to upper, at least two.
-        weight: factor of this term in the objective.
     """
 
-    def __init__(self, student_taps: list[str], teacher_taps: list[str], weight: float = 50.0):
-        super().__init__(student_taps, teacher_taps, weight)
-        self.require(len(student_taps) > 1, f"student_taps {student_taps} must be two or more; a flow is between two")
+    def __init__(self, *taps, weight: float = 50.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
+        taps = self.student_taps
+        self.require(len(taps) > 1, f"student_taps {taps} must be two or more; a flow is between two")
 
     def setup(self, setting: Setting) -> None:
-        for pair, (mine, theirs) in enumerate(self.shapes(setting)):
-            if len(mine) != 3 or len(theirs) != 3:
-                raise self.mismatch(pair, setting, "tap maps (CxHxW)")
-            if mine[0] != theirs[0]:
-                remedy = "tap maps of as many channels, or use AT, NST or VID, which do not need them"
-                raise self.mismatch(pair, setting, remedy)
+        self.shapes(setting, maps, "tap maps (CxHxW)")
+        remedy = "tap maps of as many channels, or use AT, NST or VID, which do not need them"
+        self.shapes(setting, lambda mine, theirs: mine[0] == theirs[0], remedy)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         mine, theirs = zip(*self.features(student, teacher), strict=True)

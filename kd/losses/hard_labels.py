@@ -8,18 +8,11 @@ says; the teacher's class follows the view. Nothing is to be tuned.
 Differs from DeiT: both terms see the same logits; DeiT gives the teacher's class to a token and a head of its own.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses.base import Loss
 from kd.outputs import Batch, Outputs
-
-
-def teacher_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Cross entropy with the teacher's most likely class, the mean over the batch; logits (B, K), a scalar."""
-    return F.cross_entropy(student_logits, teacher_logits.argmax(1))
 
 
 class HardLabels(Loss):
@@ -33,4 +26,4 @@ class HardLabels(Loss):
         super().__init__(weight)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
-        return teacher_cross_entropy(student.logits, teacher.logits)
+        return F.cross_entropy(student.logits, teacher.logits.argmax(1))

@@ -6,12 +6,10 @@ the teacher's. This is the version for classification, ICKD-C: one matrix (C, C)
 batch normalization that give the student the teacher's number of channels.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from kd.losses.base import FeatureLoss, Setting
-from kd.losses.parts import BatchNorm, unit
+from kd.losses.parts import BatchNorm, maps, unit
 from kd.outputs import Batch, Outputs
 
 
@@ -42,13 +40,11 @@ class ICKD(FeatureLoss):
             weight 1 and, in their better numbers, a KL at temperature 4 of weight 1.
     """
 
-    def __init__(self, student_tap: str, teacher_tap: str, weight: float = 2.5):
-        super().__init__(student_tap, teacher_tap, weight)
+    def __init__(self, *taps, weight: float = 2.5, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
 
     def setup(self, setting: Setting) -> None:
-        student, teacher = self.shapes(setting)
-        if len(student) != 3 or len(teacher) != 3:
-            raise self.mismatch(setting, "tap maps (CxHxW)")
+        student, teacher = self.shapes(setting, maps, "tap maps (CxHxW)")
         self.align = nn.Sequential(nn.Conv2d(student[0], teacher[0], 1, bias=False), BatchNorm(teacher[0]))
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:

@@ -9,8 +9,6 @@ the mean probabilities of its class, which they take on ImageNet, are left out. 
 soft labels: they differ by a constant.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,8 +38,6 @@ class IKL(SoftenedLoss):
         temperature: T of KL, above 0.
         pair_temperature: of the probabilities that weigh the pairs, above 0; the published 100 makes them nearly equal.
         warmup_epochs: over so many first epochs the loss rises linearly to its full weight; 0 for none.
-        standardize: see `LogitLoss`.
-        weight: factor of this term in the objective.
     """
 
     def __init__(
@@ -51,16 +47,11 @@ class IKL(SoftenedLoss):
         temperature: float = 4.0,
         pair_temperature: float = 100.0,
         warmup_epochs: int = 20,
-        standardize: bool = False,
-        weight: float = 1.0,
+        **kwargs,
     ):
-        super().__init__(temperature, standardize, weight)
-        self.require(0 <= alpha < float("inf"), f"alpha {alpha} must be a finite number, 0 or more")
-        self.require(0 <= beta < float("inf"), f"beta {beta} must be a finite number, 0 or more")
-        self.require(pair_temperature > 0, f"pair_temperature {pair_temperature} must be above 0")
-        self.require(warmup_epochs >= 0, f"warmup_epochs {warmup_epochs} must be 0 or more")
-        self.alpha, self.beta, self.warmup_epochs = alpha, beta, warmup_epochs
-        self.pair_temperature = pair_temperature
+        super().__init__(temperature, **kwargs)
+        self.keep_nonnegative(alpha=alpha, beta=beta, warmup_epochs=warmup_epochs)
+        self.keep_positive(pair_temperature=pair_temperature)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         mine, theirs = self.logits(student, teacher)

@@ -7,8 +7,6 @@ length), the edges of some layers, and the transformations between them. Edges a
 largest one in the batch, as in the authors' code (https://github.com/yufanLIU/IRG), where features are pooled maps.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch
@@ -16,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses.base import Setting, StagesLoss
+from kd.losses.parts import bins, maps_or_vectors
 from kd.outputs import Batch, Outputs
 from kd.util.gathers import global_rows
 
@@ -30,8 +29,10 @@ def transformation(earlier: Tensor, later: Tensor) -> Tensor:
 
     The longer feature is averaged over neighbouring channels to the length of the shorter.
     """
-    length = min(earlier.shape[1], later.shape[1])
-    return relative((_averaged(later, length) - _averaged(earlier, length)).square().sum(1))
+    if earlier.shape[1] != later.shape[1]:
+        length = min(earlier.shape[1], later.shape[1])
+        earlier, later = (feature @ bins(feature.shape[1], length, feature) for feature in (earlier, later))
+    return relative((later - earlier).square().sum(1))
 
 
 def relative(values: Tensor) -> Tensor:
@@ -43,14 +44,6 @@ def relative(values: Tensor) -> Tensor:
 def pooled(feature: Tensor) -> Tensor:
     """A map (B, C, H, W) averaged over its places, (B, C); a vector (B, C) as it is."""
     return feature.flatten(2).mean(2) if feature.dim() > 2 else feature
-
-
-def _averaged(features: Tensor, length: int) -> Tensor:
-    if features.shape[1] == length:
-        return features
-    # Adaptive pooling by a matrix: its own backward has no deterministic algorithm on a GPU.
-    unit = torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
-    return features @ F.adaptive_avg_pool1d(unit, length)
 
 
 class IRG(StagesLoss):
@@ -72,35 +65,29 @@ class IRG(StagesLoss):
         vertex_weight: factor of the logits' part.
         edge_weight: factor of the edges' part.
         transformation_weight: factor of the transformations' part, which needs two pairs of taps or more.
-        weight: factor of this term in the objective.
     """
 
     sees_batch = True
 
     def __init__(
         self,
-        student_taps: list[str],
-        teacher_taps: list[str],
+        *taps,
         vertex_weight: float = 0.1,
         edge_weight: float = 5.0,
         transformation_weight: float = 5.0,
         weight: float = 1.0,
+        **kwargs,
     ):
-        super().__init__(student_taps, teacher_taps, weight)
-        self.vertex_weight, self.edge_weight = vertex_weight, edge_weight
-        self.transformation_weight = transformation_weight
-        for name in ("vertex_weight", "edge_weight", "transformation_weight"):
-            value = getattr(self, name)
-            self.require(0 <= value < float("inf"), f"{name} {value} must be a finite number, 0 or more")
+        super().__init__(*taps, weight=weight, **kwargs)
+        self.keep_nonnegative(vertex_weight=vertex_weight, edge_weight=edge_weight)
+        self.keep_nonnegative(transformation_weight=transformation_weight)
         self.require(
-            len(student_taps) > 1 or transformation_weight == 0,
+            len(self.student_taps) > 1 or transformation_weight == 0,
             "one pair of taps has no transformation; name two or more, or set transformation_weight to 0",
         )
 
     def setup(self, setting: Setting) -> None:
-        for i, pair in enumerate(self.shapes(setting)):
-            if any(len(shape) not in (1, 3) for shape in pair):
-                raise self.mismatch(i, setting, "tap maps (CxHxW) or vectors")
+        self.shapes(setting, maps_or_vectors, "tap maps (CxHxW) or vectors")
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         # Pooled before they are gathered: that is much less to send.

@@ -4,8 +4,6 @@ The student matches the teacher's class probabilities, both softened by a temper
 softened term shrinks as 1 / T^2, so it is multiplied by T^2 (end of section 2).
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,12 +28,10 @@ class KL(SoftenedLoss):
 
     Args:
         temperature: T, above 0; higher makes the teacher's small probabilities count more.
-        standardize: see `LogitLoss`.
-        weight: factor of this term in the objective.
     """
 
-    def __init__(self, temperature: float = 4.0, standardize: bool = False, weight: float = 1.0):
-        super().__init__(temperature, standardize, weight)
+    def __init__(self, temperature: float = 4.0, **kwargs):
+        super().__init__(temperature, **kwargs)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return kl_divergence(*self.logits(student, teacher), self.temperature)

@@ -4,8 +4,6 @@ Soft-target cross entropy: Hinton, Vinyals, Dean 2015, https://arxiv.org/abs/150
 logits: Ba, Caruana 2014, Do Deep Nets Really Need to be Deep?, https://arxiv.org/abs/1312.6184, equation 1.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,12 +16,10 @@ class SoftCrossEntropy(SoftenedLoss):
 
     Args:
         temperature: T, above 0.
-        standardize: see `LogitLoss`.
-        weight: factor of this term in the objective.
     """
 
-    def __init__(self, temperature: float = 4.0, standardize: bool = False, weight: float = 1.0):
-        super().__init__(temperature, standardize, weight)
+    def __init__(self, temperature: float = 4.0, **kwargs):
+        super().__init__(temperature, **kwargs)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         mine, theirs = self.logits(student, teacher)
@@ -36,12 +32,10 @@ class SoftMAE(SoftenedLoss):
 
     Args:
         temperature: T, above 0.
-        standardize: see `LogitLoss`.
-        weight: factor of this term in the objective.
     """
 
-    def __init__(self, temperature: float = 1.0, standardize: bool = False, weight: float = 1.0):
-        super().__init__(temperature, standardize, weight)
+    def __init__(self, temperature: float = 1.0, **kwargs):
+        super().__init__(temperature, **kwargs)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         probabilities = (F.softmax(logits / self.temperature, dim=1) for logits in self.logits(student, teacher))
@@ -49,12 +43,7 @@ class SoftMAE(SoftenedLoss):
 
 
 class LogitsMSE(LogitLoss):
-    """Mean squared error between logits, over images and classes (Ba and Caruana: half the sum over classes).
-
-    Args:
-        standardize: see `LogitLoss`.
-        weight: factor of this term in the objective.
-    """
+    """Mean squared error between logits, over images and classes (Ba and Caruana: half the sum over classes)."""
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return F.mse_loss(*self.logits(student, teacher))

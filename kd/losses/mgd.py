@@ -5,8 +5,6 @@ the rest (section 3). The mask is a function of each image's key, so it does not
 processes or on a restart.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from kd import keyed
 from kd.losses.base import FeatureLoss, Setting
-from kd.losses.parts import same_size
+from kd.losses.parts import maps, same_size
 from kd.outputs import Batch, Outputs
 
 
@@ -47,27 +45,24 @@ class MGD(FeatureLoss):
 
     def __init__(
         self,
-        student_tap: str,
-        teacher_tap: str,
+        *taps,
         mask: Literal["pixels", "channels"] = "pixels",
         mask_ratio: float = 0.5,
         weight: float = 7e-5,
+        **kwargs,
     ):
-        super().__init__(student_tap, teacher_tap, weight)
+        super().__init__(*taps, weight=weight, **kwargs)
         self.require(mask in ("pixels", "channels"), f"mask {mask!r} must be pixels or channels")
         self.require(0 <= mask_ratio < 1, f"mask_ratio {mask_ratio} must be in [0, 1)")
         self.mask, self.mask_ratio = mask, mask_ratio
-        self._purpose = keyed.key(*b"MGD", *student_tap.encode())  # so that two taps draw two masks
+        self._purpose = keyed.key(*b"MGD", *self.student_tap.encode())  # so that two taps draw two masks
 
     def setup(self, setting: Setting) -> None:
-        student, teacher = self.shapes(setting)
-        if len(student) != 3 or len(teacher) != 3:
-            raise self.mismatch(setting, "tap maps (CxHxW)")
+        student, teacher = self.shapes(setting, maps, "tap maps (CxHxW)")
         channels = teacher[0]
         self.align = nn.Identity() if student[0] == channels else nn.Conv2d(student[0], channels, 1)
-        self.generate = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
-        )
+        first, last = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.generate = nn.Sequential(first, nn.ReLU(), last)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         mine, theirs = same_size(*self.features(student, teacher))

@@ -6,8 +6,6 @@ is summed: each image's probabilities by KL (instance level), the Gram matrix p 
 the Gram matrix p^T p between classes (class level), the latter two by the squared difference over B and over K.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,21 +36,17 @@ class MLKD(LogitLoss):
     classes, but multiplies sums by these masks, not elements, which is no more than a factor of 1/2 on the weak view's
     terms. The T^2 on the instance level, and only there, is the code's.
 
+    `standardize` is of the instance level only, as in the authors' code of that paper.
+
     Args:
         temperatures: of the predictions; each has all three levels.
-        standardize: see `LogitLoss`; of the instance level only, as in the authors' code of that paper.
         weight: factor of this term in the objective; the authors have 0.9, beside a cross entropy of weight 0.1.
     """
 
     sees_batch = True
 
-    def __init__(
-        self,
-        temperatures: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0, 6.0),
-        standardize: bool = False,
-        weight: float = 0.9,
-    ):
-        super().__init__(standardize, weight)
+    def __init__(self, temperatures: tuple[float, ...] = (2.0, 3.0, 4.0, 5.0, 6.0), weight: float = 0.9, **kwargs):
+        super().__init__(weight=weight, **kwargs)
         good = len(temperatures) > 0 and all(0 < temperature < float("inf") for temperature in temperatures)
         self.require(good, f"temperatures {list(temperatures)} must be finite numbers above 0, at least one")
         self.temperatures = tuple(temperatures)

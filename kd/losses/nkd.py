@@ -9,8 +9,6 @@ Both are cross entropies, so the loss is not 0 where student and teacher agree. 
 the labels, with weight 1.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,16 +41,13 @@ class NKD(SoftenedLoss):
         gamma: weight of the other classes' term.
         temperature: T of the other classes' term, above 0. gamma 1.5 and T 1 are the published values for ImageNet; the
             authors' configuration of ResNet-34 to ResNet-18 on CIFAR-100 has gamma 3.5 and T 3.
-        standardize: see `LogitLoss`.
-        weight: factor of this term in the objective.
     """
 
     hard_labels = True
 
-    def __init__(self, gamma: float = 1.5, temperature: float = 1.0, standardize: bool = False, weight: float = 1.0):
-        super().__init__(temperature, standardize, weight)
-        self.require(0 <= gamma < float("inf"), f"gamma {gamma} must be a finite number, 0 or more")
-        self.gamma = gamma
+    def __init__(self, gamma: float = 1.5, temperature: float = 1.0, **kwargs):
+        super().__init__(temperature, **kwargs)
+        self.keep_nonnegative(gamma=gamma)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         target, others = normalized(*self.logits(student, teacher), batch.labels, self.temperature)

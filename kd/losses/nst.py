@@ -5,31 +5,22 @@ a distribution; the student's distribution approaches the teacher's in maximum m
 kernel k(x, y) = (x . y)^2 (section 4).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from kd.losses.base import Setting, StagesLoss
-from kd.losses.parts import same_size, unit
+from kd.losses.parts import large_maps, same_size, unit
 from kd.outputs import Batch, Outputs
 
 
 def selectivity_discrepancy(student: Tensor, teacher: Tensor) -> Tensor:
-    """The mean over images of mean k(s, s') + mean k(t, t') - 2 mean k(s, t) over the channels of each.
-
-    Args:
-        student, teacher: (B, C, H, W), of any C, H and W.
-
-    Returns:
-        A scalar, 0 or more.
-    """
+    """The mean over images of mean k(s, s') + mean k(t, t') - 2 mean k(s, t) over the channels of each, a scalar, 0 or
+    more; of maps (B, C, H, W), which may differ in C, H and W."""
     student, teacher = (unit(maps.flatten(2)) for maps in same_size(student, teacher))
     if student.shape[2] <= max(student.shape[1], teacher.shape[1]):
         # The sum of (x . y)^2 over channels is the inner product of the places' Gram matrices (H * W, H * W): the whole
         # is the squared distance of the Gram matrices, which are smaller than those of the channels here.
-        difference = _gram(student) - _gram(teacher)
-        return difference.square().sum((1, 2)).mean()
+        return (_gram(student) - _gram(teacher)).square().sum((1, 2)).mean()
     return _kernel(student, student) + _kernel(teacher, teacher) - 2 * _kernel(student, teacher)
 
 
@@ -51,17 +42,14 @@ class NST(StagesLoss):
 
     Args:
         student_taps, teacher_taps: dotted module names of maps (C, H, W), in the order of the pairs.
-        weight: factor of this term in the objective.
     """
 
-    def __init__(self, student_taps: list[str], teacher_taps: list[str], weight: float = 50.0):
-        super().__init__(student_taps, teacher_taps, weight)
+    def __init__(self, *taps, weight: float = 50.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
 
     def setup(self, setting: Setting) -> None:
-        for pair, shapes in enumerate(self.shapes(setting)):
-            # of one place alone every kernel is 1 and the discrepancy 0
-            if any(len(shape) != 3 or shape[1:] == (1, 1) for shape in shapes):
-                raise self.mismatch(pair, setting, "tap maps (CxHxW) larger than 1x1")
+        # of one place alone every kernel is 1 and the discrepancy 0
+        self.shapes(setting, large_maps, "tap maps (CxHxW) larger than 1x1")
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return sum(selectivity_discrepancy(*pair) for pair in self.features(student, teacher))

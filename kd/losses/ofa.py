@@ -9,8 +9,6 @@ label's factor (1 + p)^gamma is taken away, since that part is the cross entropy
 and the other classes' probabilities have the power gamma too.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,9 +24,7 @@ def target_enhanced(
 
     The factor f is (1 + p)^gamma - 1 for the label's class and p^gamma for another, p the teacher's probability.
     """
-    student_log, teacher_log = (
-        F.log_softmax(logits / temperature, dim=1) for logits in (student_logits, teacher_logits)
-    )
+    student_log, teacher_log = (F.log_softmax(z / temperature, dim=1) for z in (student_logits, teacher_logits))
     is_label = torch.arange(student_log.shape[1], device=labels.device) == labels[:, None]
     label_factor = torch.expm1(gamma * torch.log1p(teacher_log.exp()))
     factors = torch.where(is_label, label_factor, (gamma * teacher_log).exp())
@@ -44,17 +40,13 @@ class OFA(SoftenedLoss):
     Args:
         gamma: the power, above 0. The authors take 1 on CIFAR-100 and 1.5 on ImageNet in their examples.
         temperature: T, above 0; there is no factor T^2, the published T is 1.
-        standardize: see `LogitLoss`.
-        weight: factor of this term in the objective.
     """
 
     hard_labels = True
-    reads_labels = True
 
-    def __init__(self, gamma: float = 1.0, temperature: float = 1.0, standardize: bool = False, weight: float = 1.0):
-        super().__init__(temperature, standardize, weight)
-        self.require(0 < gamma < float("inf"), f"gamma {gamma} must be a finite number above 0")
-        self.gamma = gamma
+    def __init__(self, gamma: float = 1.0, temperature: float = 1.0, **kwargs):
+        super().__init__(temperature, **kwargs)
+        self.keep_positive(gamma=gamma)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return target_enhanced(*self.logits(student, teacher), batch.labels, self.gamma, self.temperature)

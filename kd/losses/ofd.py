@@ -5,8 +5,6 @@ of their channel is left, their expected value (margin ReLU); where the target i
 pulled down to it, never up (partial L2; section 3).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -17,15 +15,8 @@ from kd.util.gathers import global_rows
 
 
 def partial_distance(student: Tensor, teacher: Tensor, margins: Tensor) -> Tensor:
-    """The squared difference from max(teacher, margin), but 0 where the student is below it and it is not positive.
-
-    Args:
-        student, teacher: (B, C, H, W), before the ReLU.
-        margins: (C,), 0 or less.
-
-    Returns:
-        The sum over channels and places, the mean over images.
-    """
+    """The squared difference from max(teacher, margin), but 0 where the student is below it and it is not positive: the
+    sum over channels and places, the mean over images. Maps (B, C, H, W) before the ReLU, margins (C,), 0 or less."""
     target = torch.maximum(teacher, margins[:, None, None])
     counts = (student > target) | (target > 0)
     return ((student - target).square() * counts).flatten(1).sum(1).mean()
@@ -44,23 +35,19 @@ class OFD(StagesLoss):
     Args:
         student_taps, teacher_taps: dotted module names of maps (C, H, W) or vectors before the ReLU, from lower to
             upper, in the order of the pairs.
-        weight: factor of this term in the objective.
     """
 
     sees_batch = True  # the margins are those of a whole batch
     replicated = ("negatives",)
 
-    def __init__(self, student_taps: list[str], teacher_taps: list[str], weight: float = 1e-3):
-        super().__init__(student_taps, teacher_taps, weight)
+    def __init__(self, *taps, weight: float = 1e-3, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
 
     def setup(self, setting: Setting) -> None:
-        self.connectors = nn.ModuleList()
-        for pair, (mine, theirs) in enumerate(self.shapes(setting)):
-            if not alike(mine, theirs):
-                raise self.mismatch(pair, setting, "tap two maps (CxHxW) or two vectors")
-            self.connectors.append(connector(mine[0], theirs[0]))
+        pairs = self.shapes(setting, alike, "tap two maps (CxHxW) or two vectors")
+        self.connectors = nn.ModuleList(connector(mine[0], theirs[0]) for mine, theirs in pairs)
         # sum and number of the negative values seen, of the channels of all stages in a row
-        self.register_buffer("negatives", torch.zeros(2, sum(theirs[0] for _, theirs in self.shapes(setting))))
+        self.register_buffer("negatives", torch.zeros(2, sum(theirs[0] for _, theirs in pairs)))
 
     @torch.no_grad()
     def margins(self, teacher: list[Tensor], batch: Batch) -> tuple[Tensor, ...]:

@@ -1,7 +1,5 @@
 """What several losses on features are made of."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
@@ -32,11 +30,11 @@ def average_pool(feature: Tensor, size: tuple[int, int]) -> Tensor:
     a GPU."""
     if tuple(feature.shape[2:]) == tuple(size):
         return feature
-    down, across = (_bins(before, after, feature) for before, after in zip(feature.shape[2:], size, strict=True))
+    down, across = (bins(before, after, feature) for before, after in zip(feature.shape[2:], size, strict=True))
     return ((feature @ across).transpose(2, 3) @ down).transpose(2, 3)
 
 
-def _bins(before: int, after: int, like: Tensor) -> Tensor:
+def bins(before: int, after: int, like: Tensor) -> Tensor:
     """The matrix (before, after) whose column i averages the places of bin i."""
     place, index = torch.arange(before, device=like.device)[:, None], torch.arange(after, device=like.device)
     inside = (place >= index * before // after) & (place < ((index + 1) * before + after - 1) // after)
@@ -44,12 +42,8 @@ def _bins(before: int, after: int, like: Tensor) -> Tensor:
 
 
 def same_size(one: Tensor, other: Tensor, pool: Literal["average", "max"] = "average") -> tuple[Tensor, Tensor]:
-    """Two maps (B, C, H, W) of the smaller height and width of both; a vector (B, D) is a map (B, D, 1, 1).
-
-    Args:
-        one, other: may differ in C, H and W.
-        pool: how the larger is reduced.
-    """
+    """Two maps (B, C, H, W), the larger pooled to the smaller height and width of both; a vector (B, D) is a map
+    (B, D, 1, 1). C may differ."""
     one, other = (feature[..., None, None] if feature.dim() == 2 else feature for feature in (one, other))
     size = tuple(map(min, one.shape[2:], other.shape[2:]))
     reduce = average_pool if pool == "average" else max_pool
@@ -74,6 +68,21 @@ def unit(x: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
 def alike(student: tuple, teacher: tuple) -> bool:
     """Whether two features' shapes, without the batch axis, are both maps (C, H, W) or both vectors (D,)."""
     return len(student) == len(teacher) and len(student) in (1, 3)
+
+
+def maps(*shapes: tuple) -> bool:
+    """Whether these shapes, without the batch axis, are all of maps (C, H, W)."""
+    return all(len(shape) == 3 for shape in shapes)
+
+
+def large_maps(*shapes: tuple) -> bool:
+    """Whether these shapes, without the batch axis, are all of maps (C, H, W) with more than one place."""
+    return maps(*shapes) and all(shape[1:] != (1, 1) for shape in shapes)
+
+
+def maps_or_vectors(*shapes: tuple) -> bool:
+    """Whether these shapes, without the batch axis, are all of maps (C, H, W) or vectors (D,)."""
+    return all(len(shape) in (1, 3) for shape in shapes)
 
 
 def connector(student_channels: int, teacher_channels: int) -> nn.Sequential:

@@ -6,8 +6,6 @@ features, divided by its sum over the batch (section 3). The student's probabili
 Kullback-Leibler divergence. Cosines need no bandwidth, and the features may differ in length.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from kd.losses.base import RelationLoss
@@ -41,11 +39,10 @@ class PKT(RelationLoss):
 
     Args:
         student_tap, teacher_tap: dotted module names; the features may differ in shape.
-        weight: factor of this term in the objective.
     """
 
-    def __init__(self, student_tap: str, teacher_tap: str, weight: float = 3e4):
-        super().__init__(student_tap, teacher_tap, weight)
+    def __init__(self, *taps, weight: float = 3e4, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return neighbour_divergence(*self.features(student, teacher, batch))

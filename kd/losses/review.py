@@ -7,15 +7,13 @@ https://github.com/dvlab-research/ReviewKD, which this follows: the stages are t
 the teacher's before it (`preact`), and the pooled last feature of both is one more stage.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.losses.base import Setting, StagesLoss, ramp
-from kd.losses.parts import BatchNorm, average_pool
+from kd.losses.parts import BatchNorm, average_pool, maps_or_vectors
 from kd.outputs import Batch, Outputs
 
 
@@ -90,24 +88,21 @@ class ReviewKD(StagesLoss):
 
     def __init__(
         self,
-        student_taps: list[str],
-        teacher_taps: list[str],
+        *taps,
         mid_channels: int | None = None,
         levels: tuple[int, ...] = (4, 2, 1),
         warmup_epochs: int = 20,
         weight: float = 5.0,
+        **kwargs,
     ):
-        super().__init__(student_taps, teacher_taps, weight)
+        super().__init__(*taps, weight=weight, **kwargs)
         self.require(mid_channels is None or mid_channels > 0, f"mid_channels {mid_channels} must be above 0, or null")
         self.require(all(level > 0 for level in levels), f"levels {levels} must all be above 0")
-        self.require(warmup_epochs >= 0, f"warmup_epochs {warmup_epochs} must be 0 or more")
-        self.mid_channels, self.levels, self.warmup_epochs = mid_channels, tuple(levels), warmup_epochs
+        self.keep_nonnegative(warmup_epochs=warmup_epochs)
+        self.mid_channels, self.levels = mid_channels, tuple(levels)
 
     def setup(self, setting: Setting) -> None:
-        pairs = self.shapes(setting)
-        for pair, shapes in enumerate(pairs):
-            if {len(shape) for shape in shapes} - {1, 3}:
-                raise self.mismatch(pair, setting, "tap maps (CxHxW) or vectors")
+        pairs = self.shapes(setting, maps_or_vectors, "tap maps (CxHxW) or vectors")
         maps = [tuple(shape if len(shape) == 3 else (*shape, 1, 1) for shape in shapes) for shapes in pairs]
         for pair, (shallow, deep) in enumerate(pairwise(maps), start=1):
             if deep[0][1] > shallow[0][1] or deep[0][2] > shallow[0][2]:

@@ -5,8 +5,6 @@ distances, divided by the mean distance (section 3.2.1). Triplets: the cosine of
 3.2.2). Both are compared by the Huber loss with threshold 1. Neither changes when a space is moved, turned or scaled.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,21 +52,11 @@ class RKD(RelationLoss):
             vectors.
         distance_weight: factor of the distances' part.
         angle_weight: factor of the angles' part; 0 saves its B^3 numbers.
-        weight: factor of this term in the objective.
     """
 
-    def __init__(
-        self,
-        student_tap: str,
-        teacher_tap: str,
-        distance_weight: float = 25.0,
-        angle_weight: float = 50.0,
-        weight: float = 1.0,
-    ):
-        super().__init__(student_tap, teacher_tap, weight)
-        for name, value in (("distance_weight", distance_weight), ("angle_weight", angle_weight)):
-            self.require(0 <= value < float("inf"), f"{name} {value} must be a finite number, 0 or more")
-        self.distance_weight, self.angle_weight = distance_weight, angle_weight
+    def __init__(self, *taps, distance_weight: float = 25.0, angle_weight: float = 50.0, weight: float = 1.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
+        self.keep_nonnegative(distance_weight=distance_weight, angle_weight=angle_weight)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         mine, theirs = map(relative_distances, self.features(student, teacher, batch))

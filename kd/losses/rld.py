@@ -5,8 +5,6 @@ probability of the label is compared with the teacher's largest, of whichever cl
 the teacher ranks no lower than the label, the label among them, are hidden from both, and the rest is compared.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -48,27 +46,15 @@ class RLD(SoftenedLoss):
         temperature: T, above 0, of both parts. The defaults are the authors' command for VGG-13 to VGG-8 on CIFAR-100;
             their other configurations name no values, and their code can give the first part a T of its own.
         warmup_epochs: over so many first epochs the loss rises linearly to its full weight; 0 for none.
-        standardize: see `LogitLoss`.
-        weight: factor of this term in the objective.
     """
 
     hard_labels = True
-    reads_labels = True
 
     def __init__(
-        self,
-        alpha: float = 1.0,
-        beta: float = 8.0,
-        temperature: float = 4.0,
-        warmup_epochs: int = 20,
-        standardize: bool = False,
-        weight: float = 1.0,
+        self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, warmup_epochs: int = 20, **kwargs
     ):
-        super().__init__(temperature, standardize, weight)
-        self.require(0 <= alpha < float("inf"), f"alpha {alpha} must be a finite number, 0 or more")
-        self.require(0 <= beta < float("inf"), f"beta {beta} must be a finite number, 0 or more")
-        self.require(warmup_epochs >= 0, f"warmup_epochs {warmup_epochs} must be 0 or more")
-        self.alpha, self.beta, self.warmup_epochs = alpha, beta, warmup_epochs
+        super().__init__(temperature, **kwargs)
+        self.keep_nonnegative(alpha=alpha, beta=beta, warmup_epochs=warmup_epochs)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         sample, masked = refined(*self.logits(student, teacher), batch.labels, self.temperature)

@@ -5,8 +5,6 @@ the inner products of its flattened features, a B x B matrix, each row divided b
 drawn to the teacher's. The features may have any shapes, since only the matrices are compared.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from kd.losses.base import RelationLoss
@@ -34,11 +32,10 @@ class SP(RelationLoss):
 
     Args:
         student_tap, teacher_tap: dotted module names; the features may differ in shape.
-        weight: factor of this term in the objective.
     """
 
-    def __init__(self, student_tap: str, teacher_tap: str, weight: float = 3000.0):
-        super().__init__(student_tap, teacher_tap, weight)
+    def __init__(self, *taps, weight: float = 3000.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return similarity_distance(*self.features(student, teacher, batch))

@@ -5,13 +5,11 @@ The student ends in a projector to the teacher's last feature map and in the tea
 trained by the squared error of the projected map alone (section 3); no other term is needed.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from kd.losses.base import FeatureLoss, Setting
-from kd.losses.parts import same_size
+from kd.losses.parts import maps, same_size
 from kd.outputs import Batch, Outputs
 
 
@@ -27,9 +25,8 @@ class SimKD(FeatureLoss):
     """
 
     def setup(self, setting: Setting) -> None:
-        mine, theirs = self.shapes(setting)
-        if len(mine) != 3 or len(theirs) != 3 or mine[0] != theirs[0]:
-            raise self.mismatch(setting, "tap maps (CxHxW) of as many channels, the student's being its projector")
+        remedy = "tap maps (CxHxW) of as many channels, the student's being its projector"
+        self.shapes(setting, lambda mine, theirs: maps(mine, theirs) and mine[0] == theirs[0], remedy)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return F.mse_loss(*same_size(*self.features(student, teacher)))

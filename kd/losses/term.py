@@ -1,7 +1,5 @@
 """A loss and whom it joins."""
 
-from __future__ import annotations
-
 from kd.losses.base import Loss, Setting
 
 
@@ -26,7 +24,7 @@ class Term(Loss):
         self.needs_teacher, self.sees_batch, self.hard_labels = loss.needs_teacher, loss.sees_batch, loss.hard_labels
 
     @classmethod
-    def of(cls, loss: Loss) -> Term:
+    def of(cls, loss: Loss) -> "Term":
         """A loss as a term; a term as it is."""
         return loss if isinstance(loss, Term) else cls(loss)
 

@@ -5,8 +5,6 @@ given the student's: a Gaussian, its mean a learned regression on the student's 
 a channel, softplus(scale) + epsilon. Its negative logarithm is minimised, without its constant (section 2).
 """
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 
@@ -20,12 +18,8 @@ from kd.outputs import Batch, Outputs
 
 
 def negative_log_likelihood(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
-    """Half the mean over all elements of (teacher - mean)^2 / variance + log(variance).
-
-    Args:
-        mean, teacher: (B, C, H, W).
-        variance: (C,), above 0.
-    """
+    """Half the mean over all elements of (teacher - mean)^2 / variance + log(variance); mean and teacher (B, C, H, W),
+    variance (C,), above 0."""
     variance = variance[:, None, None]
     return ((teacher - mean).square() / variance + variance.log()).mean() / 2
 
@@ -44,32 +38,22 @@ class VID(StagesLoss):
         student_taps, teacher_taps: dotted module names of maps (C, H, W) or vectors, in the order of the pairs.
         initial_variance: of every channel before the first step, above epsilon.
         epsilon: the least variance, above 0.
-        weight: factor of this term in the objective.
     """
 
-    def __init__(
-        self,
-        student_taps: list[str],
-        teacher_taps: list[str],
-        initial_variance: float = 5.0,
-        epsilon: float = 1e-5,
-        weight: float = 1.0,
-    ):
-        super().__init__(student_taps, teacher_taps, weight)
-        self.require(0 < epsilon < float("inf"), f"epsilon {epsilon} must be a finite number above 0")
+    def __init__(self, *taps, initial_variance: float = 5.0, epsilon: float = 1e-5, weight: float = 1.0, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
+        self.keep_positive(epsilon=epsilon)
         self.require(
             epsilon < initial_variance < float("inf"),
             f"initial_variance {initial_variance} must be a finite number above epsilon ({epsilon})",
         )
-        self.initial_variance, self.epsilon = initial_variance, epsilon
+        self.initial_variance = initial_variance
 
     def setup(self, setting: Setting) -> None:
         self.regressors, self.scales = nn.ModuleList(), nn.ParameterList()
         excess = self.initial_variance - self.epsilon
         scale = excess + math.log(-math.expm1(-excess))  # the inverse of softplus
-        for pair, (mine, theirs) in enumerate(self.shapes(setting)):
-            if not alike(mine, theirs):
-                raise self.mismatch(pair, setting, "tap two maps (CxHxW) or two vectors")
+        for mine, theirs in self.shapes(setting, alike, "tap two maps (CxHxW) or two vectors"):
             widths = (mine[0], theirs[0], theirs[0], theirs[0])
             first, second, third = (nn.Conv2d(*step, 1, bias=False) for step in pairwise(widths))
             self.regressors.append(nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third))

@@ -7,8 +7,6 @@ whose square is the squared distance of the means plus that of the standard devi
 cells with a Gaussian each.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from kd.losses.base import FeatureLoss, Setting
@@ -49,13 +47,11 @@ class WKDF(FeatureLoss):
             ResNet-32x4 and ResNet-8x4 on CIFAR-100.
     """
 
-    def __init__(
-        self, student_tap: str, teacher_tap: str, grid: int = 1, mean_weight: float = 4.0, weight: float = 0.08
-    ):
-        super().__init__(student_tap, teacher_tap, weight)
+    def __init__(self, *taps, grid: int = 1, mean_weight: float = 4.0, weight: float = 0.08, **kwargs):
+        super().__init__(*taps, weight=weight, **kwargs)
         self.require(grid > 0, f"grid {grid} must be above 0")
-        self.require(0 <= mean_weight < float("inf"), f"mean_weight {mean_weight} must be a finite number, 0 or more")
-        self.grid, self.mean_weight = grid, mean_weight
+        self.keep_nonnegative(mean_weight=mean_weight)
+        self.grid = grid
 
     def setup(self, setting: Setting) -> None:
         shapes = student, teacher = self.shapes(setting)

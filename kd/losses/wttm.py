@@ -5,8 +5,6 @@ temperature 1 matches that. Each image counts by the sum of the powers before th
 teacher, the more.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,13 +29,12 @@ class WTTM(SoftenedLoss):
 
     Args:
         temperature: T, above 0, of the teacher alone; the paper's gamma is 1 / T.
-        standardize: see `LogitLoss`.
         weight: factor of this term in the objective. T and weight differ by the pair of networks; the defaults are the
             authors' example, VGG-13 to VGG-8 on CIFAR-100, where CRD is trained beside it.
     """
 
-    def __init__(self, temperature: float = 5.0, standardize: bool = False, weight: float = 4.0):
-        super().__init__(temperature, standardize, weight)
+    def __init__(self, temperature: float = 5.0, weight: float = 4.0, **kwargs):
+        super().__init__(temperature, weight=weight, **kwargs)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Tensor:
         return transformed_teacher(*self.logits(student, teacher), self.temperature)

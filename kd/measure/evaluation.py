@@ -22,7 +22,7 @@ from kd.measure.records import config_of
 from kd.models import Classifier, load_classifier
 from kd.run.config import EvaluateConfig
 from kd.run.recorded import recorded_data, weights_of
-from kd.teachers import load_teachers, named, other_sizes
+from kd.teachers.load import load_teachers, named, other_sizes
 from kd.util.contents import read_config, read_summary
 from kd.util.errors import UserError
 from kd.util.machine import device_name, versions

@@ -19,6 +19,8 @@ from kd.util.yaml_files import load_yaml
 # --losses.NAME.ARGUMENT; `--losses.ARGUMENT` and these two are jsonargparse's own, of the list's last loss
 CHANGE = re.compile(r"losses\.(?!init_args|dict_kwargs)(\w+)\.(\w+)")
 
+ARGUMENTS = re.compile(r"^    (\w+(?:, \w+)*): .*(?:\n {8}.*)*", re.M)  # one entry, or two of one text, below Args:
+
 
 def change_losses(losses: list, flags: list[tuple[str, str]]) -> None:
     """Set arguments of those losses of a parsed list that a flag names: `--losses.KL.temperature 8`; of several with
@@ -53,10 +55,24 @@ def explain_loss(name: str) -> None:
     short, found = name.rpartition(".")[2], _imported(name)
     if found is None or not issubclass(found, Loss):
         raise unknown("loss", name, LOSSES, "or the import path of your own, as my_package.MyLoss")
-    print(f"{short}: {inspect.getdoc(found)}\n\nAdd it to a recipe: --losses+={name}\nChange it there:")
+    print(f"{short}: {_explained(found)}\n\nAdd it to a recipe: --losses+={name}\nChange it there:")
     for argument, parameter in arguments_of(name).items():
         default = "VALUE" if parameter.default is parameter.empty else json.dumps(parameter.default)
         print(f"    --losses.{short}.{argument} {default}")
+
+
+def _explained(loss: type[Loss]) -> str:
+    """A loss's docstring, and below its arguments those that only its parents' docstrings explain."""
+    text, known = inspect.getdoc(loss), inspect.signature(loss).parameters
+    for parent in loss.__mro__[1 : loss.__mro__.index(Loss) + 1]:
+        for entry in ARGUMENTS.finditer(inspect.getdoc(parent).partition("\nArgs:\n")[2]):
+            if known.keys() >= (names := set(entry[1].split(", "))) and not names & _documented(text):
+                text += ("" if "\nArgs:\n" in text else "\n\nArgs:") + f"\n{entry[0]}"
+    return text
+
+
+def _documented(text: str) -> set[str]:
+    return {name for entry in ARGUMENTS.finditer(text) for name in entry[1].split(", ")}
 
 
 def _imported(name: str) -> type | None:

@@ -7,11 +7,7 @@ from kd.students.mean_teacher import MeanTeacher
 from kd.students.reused_head import ReusedHead
 
 LEARNERS: dict[str, type[Learner]] = {
-    "Cohort": Cohort,
-    "Exits": Exits,
-    "MeanTeacher": MeanTeacher,
-    "Plain": Plain,
-    "ReusedHead": ReusedHead,
+    learner.__name__: learner for learner in (Cohort, Exits, MeanTeacher, Plain, ReusedHead)
 }
 
 __all__ = ["LEARNERS", "Learner", "Making", *LEARNERS]

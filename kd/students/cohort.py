@@ -7,8 +7,6 @@ Differs from the paper: all networks are updated at once, from predictions of on
 the other and predicts again in between.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -33,6 +31,8 @@ class Cohort(Learner):
         others_args: keyword arguments of those; with `others` only.
     """
 
+    untrained = ("mean",)
+
     def __init__(self, size: int = 2, others: list[str] | None = None, others_args: dict[str, Any] | None = None):
         super().__init__()
         if size < 1:
@@ -44,32 +44,30 @@ class Cohort(Learner):
         self.size, self.others, self.others_args = size, others, others_args
 
     def setup(self, student: nn.Module, making: Making) -> None:
-        peers = tuple(f"peer{number}" for number in range(1, self.size + 1))
-        self.names, self.untrained = (*peers, "mean"), ("mean",)
-        name, arguments = student.recipe["model"], student.recipe["model_args"]
-        self.peers = nn.ModuleList([student])
-        for number in range(2, self.size + 1):
-            other = self.others[number - 2] if self.others else name
-            self.peers.append(making.make(other, self.others_args or {} if self.others else arguments, number))
+        self.names = (*(f"peer{number}" for number in range(1, self.size + 1)), "mean")
+        others, arguments = self.others, self.others_args or {}
+        if not others:
+            others, arguments = [student.recipe["model"]] * (self.size - 1), student.recipe["model_args"]
+        made = (making.make(other, arguments, number) for number, other in enumerate(others, 2))
+        self.peers = nn.ModuleList([student, *made])
 
     @property
     def networks(self) -> dict[str, nn.Module]:
         return dict(zip(self.names, self.peers, strict=False))
 
     def tap(self, output: str, names) -> None:
-        if output == "mean" and names:
+        if output != "mean":
+            super().tap(output, names)
+        elif names:
             raise UserError(f"Cohort: the mean of the peers has no features ({', '.join(names)}); tap a peer")
-        super().tap(output, names) if output != "mean" else None
 
     def forward(self, batch: Batch) -> dict[str, Outputs]:
         outputs = {}
         for number, (name, peer) in enumerate(self.networks.items()):
-            own = (
-                batch.keys
-                if number == 0 or batch.keys is None
-                else keyed.keys(keyed.key(keyed.Purpose.MEMBER, number), batch.keys)
-            )
-            outputs[name] = peer.outputs(batch.inputs, own)
+            keys = batch.keys
+            if number > 0 and keys is not None:
+                keys = keyed.keys(keyed.key(keyed.Purpose.MEMBER, number), keys)
+            outputs[name] = peer.outputs(batch.inputs, keys)
         if "mean" in self.used:
             outputs["mean"] = Outputs(torch.stack([part.logits.detach() for part in outputs.values()]).mean(0))
         return outputs

@@ -4,8 +4,6 @@ Heads at early maps of a network learn from its last one (section 3). Each exit 
 than the whole one.
 """
 
-from __future__ import annotations
-
 from torch import nn
 
 from kd.outputs import Batch, Outputs

@@ -1,7 +1,5 @@
 """What every learner is: all that is trained, with outputs by name and the networks that are kept."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +13,8 @@ from kd.outputs import Batch, Outputs
 class Making:
     """What a learner is set up with besides the run's own network.
 
-    make: `make(name, model_args, number)` is a further classifier with first weights of its own, which are a function
-        of the run's seed and this number, 2 or more; the run's own network has the number 1.
+    make: `make(name, model_args, number)` is a further classifier, whose first weights are a function of the run's seed
+        and this number, 2 or more; the run's own network has the number 1.
     teachers: the run's `kd.teachers.Teachers`, or None.
     image_shape: (C, H, W) of the stored images.
     """

@@ -4,8 +4,6 @@ Beside the student stands a network whose weights are an exponential moving aver
 that takes it for a teacher it is that average alone, which is evaluated and kept.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -3,8 +3,6 @@
 The teacher's frozen head stands behind the student's last feature map and a projector; see `kd.models.reused_head`.
 """
 
-from __future__ import annotations
-
 from torch import nn
 
 from kd.students.learner import Learner, Making
@@ -31,8 +29,7 @@ class ReusedHead(Learner):
         if count != 1:
             raise UserError(f"ReusedHead needs one teacher, whose head it keeps, not {count}")
         if student.head is not None:
-            raise UserError(
-                "ReusedHead freezes the head and freeze_backbone all but the head: nothing would be trained"
-            )
+            words = "ReusedHead freezes the head and freeze_backbone all but the head"
+            raise UserError(f"{words}: nothing would be trained")
         (teacher,) = making.teachers.members.values()
         self.student = reuse_head(student, teacher, making.image_shape, self.last_tap)

@@ -1,17 +1,14 @@
 """Teachers: frozen classifiers by name, which give logits in the student's class order."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from kd.models import Classifier, bare, build_classifier, freeze, load_classifier, torchvision_nets
+from kd.models import Classifier, freeze
 from kd.outputs import Batch, Outputs
-from kd.util.errors import UserError, say
+from kd.util.errors import UserError
 
 
 class Teachers(nn.Module):
@@ -53,10 +50,8 @@ class Teachers(nn.Module):
         if name in self.members:
             self.members[name].tap(taps)
         elif taps:
-            some = ", ".join(self.members)
-            raise UserError(
-                f"losses on features ({', '.join(taps)}) need one teacher, not the mean; name one of {some}"
-            )
+            words = f"losses on features ({', '.join(taps)}) need one teacher, not the mean"
+            raise UserError(f"{words}; name one of {', '.join(self.members)}")
         self._folded = {}
 
     @property
@@ -88,9 +83,9 @@ class Teachers(nn.Module):
     def _of(self, name: str, inputs: dict[str, Tensor]) -> Outputs:
         with torch.inference_mode():
             given = self._folded[name].outputs(inputs)
-        # what is made in inference mode cannot be kept for a backward pass; indexing copies it
+        # copies: what is made in inference mode cannot be kept for a backward pass
         logits = given.logits[:, getattr(self, f"order_{name}")].float()
-        features = {tap: _float(feature) for tap, feature in given.features.items()}
+        features = {tap: feature.to(torch.float32, copy=True) for tap, feature in given.features.items()}
         return Outputs(logits, features, getattr(self, f"known_{name}"))
 
     def _mean(self, logits: list[Tensor]) -> Outputs:
@@ -122,95 +117,3 @@ def columns(outputs: dict[str, Outputs]) -> dict[str, Tensor]:
         found[f"{name}.logits"] = part.logits
         found |= {f"{name}.features.{tap}": feature for tap, feature in part.features.items()}
     return found
-
-
-def _float(feature: Tensor) -> Tensor:
-    """In float32, and a copy."""
-    return feature.clone() if feature.dtype == torch.float32 else feature.float()
-
-
-def named(teacher: str | list[str]) -> dict[str, str]:
-    """Names of a config's teachers and where each comes from: `teacher`, or `teacher1`, `teacher2`, ... of a list."""
-    each = [teacher] if isinstance(teacher, str) else teacher
-    each = [one if Path(one).is_dir() else bare(one) for one in each]
-    return {f"teacher{number if len(each) > 1 else ''}": one for number, one in enumerate(each, 1)}
-
-
-def load_teachers(
-    teacher: str | list[str],
-    classes: Sequence[str],
-    mean: str,
-    device: torch.device,
-    trust: bool = False,
-) -> Teachers | None:
-    """Teachers from run folders, or torchvision classifiers with their ImageNet weights, by name.
-
-    A run's classes must be the student's, in any order. A torchvision classifier may know more (ImageNet's 1000): its
-    logits of the student's classes are used. `trust` is that of `kd.load`.
-
-    Returns:
-        None where none is named.
-
-    Raises:
-        UserError: a folder is missing, unfinished, damaged or names code that is not trusted, or classes do not match.
-    """
-    if not teacher:
-        return None
-    members = {name: _load_member(one, classes, trust) for name, one in named(teacher).items()}
-    return Teachers(members, classes, mean).to(device)
-
-
-@torch.no_grad()
-def other_sizes(teachers: Teachers | None, image_shape: tuple[int, int, int]) -> list[str]:
-    """What is to be said where a teacher was made for images of another size than the stored ones, (C, H, W).
-
-    Raises:
-        UserError: a teacher does not take them at all; tried with a blank one.
-    """
-    lines, (height, width) = [], image_shape[1:]
-    for member in teachers.members.values() if teachers is not None else ():
-        try:
-            member(torch.zeros(1, *image_shape, dtype=torch.uint8, device=member.preprocess.scale.device))
-        except (RuntimeError, ValueError) as error:
-            shape = "x".join(map(str, image_shape))
-            raise UserError(
-                f"the teacher {member.recipe['model']} does not take the data's images ({shape}): {str(error)[:150]}; "
-                f"see that data.source and data.resize are those it was trained with"
-            ) from None
-        view = member.preprocess.view
-        made_for = view.source_size or (view.resize and (view.resize, view.resize)) or (height, width)
-        if (height, width) != made_for and (view.source_size or min(height, width) < view.resize):
-            lines.append(
-                f"{member.recipe['model']} was made for images of {made_for[1]}x{made_for[0]} and sees these at "
-                f"{width}x{height}, which can make it worse; see that data.source and data.resize are those it was "
-                f"trained with"
-            )
-    return lines
-
-
-def _load_member(name: str, classes: Sequence[str], trust: bool) -> Classifier:
-    if name in torchvision_nets.names() and not Path(name).is_dir():
-        entry = torchvision_nets.pretrained(name, "imagenet")
-        known = entry.meta["categories"]
-        missing = [c for c in classes if c not in known]
-        if missing:
-            raise UserError(
-                f"teacher {name!r} with its ImageNet weights does not know {_some(missing)}; "
-                f"fit it to your classes first with train_teacher.py --model {name} --weights imagenet"
-            )
-        say(f"teacher {name}: the logits of the {len(classes)} classes among its {len(known)} are used")
-        return build_classifier(name, known, torchvision_nets.view(name), weights="imagenet")
-    member = load_classifier(name, trust=trust)
-    missing, extra = [c for c in classes if c not in member.classes], [c for c in member.classes if c not in classes]
-    if missing or extra:
-        raise UserError(
-            f"teacher {name!r} has other classes than the data"
-            + (f"; it does not know {_some(missing)}" if missing else "")
-            + (f"; the data does not have {_some(extra)}" if extra else "")
-            + "; use a teacher trained on the same classes"
-        )
-    return member
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

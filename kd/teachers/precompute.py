@@ -2,18 +2,16 @@
 
 A frozen network gives the same for the same view each time. Where every epoch shows the same view of an image, all are
 computed before the first step (`fixed_table`); where an image has a finite number of views, as with flips and padded
-crops, they are kept as the views come up (`view_table`); else they are computed at each step. Tables lie in the cache
+crops, they are kept as the views come up (`ViewTable`); else they are computed at each step. Tables lie in the cache
 folder, named by everything they depend on (weights, images, views, what is kept), are shared by later runs, seeds and
 students, and are checked before use. In a batch a table's values are columns like any other.
 """
 
-from __future__ import annotations
-
+import copy
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,15 +25,12 @@ from torch import Tensor, nn
 from kd.data import Data, Split, cache_folder
 from kd.models import BACKBONE, Classifier, code_hash, state_hash
 from kd.teachers import Teachers, columns
-from kd.teachers.fixed_table import fixed_table
-from kd.teachers.view_table import ViewTable, record_of, taken
+from kd.teachers.tables import Compute, ViewTable, fixed_table, record_of, taken
 from kd.util.errors import say
 
 FORMAT = 3  # of what tables hold: a change of what our code computes of an image is another one
 SHARE_OF_DISK = 0.25  # of the free space that a table of views may come to take
 MIN_FOUND = 0.1  # the share of rows that a run must expect to find in a table of views
-
-Compute = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # columns of a frozen network for the columns of a batch
 
 
 def precompute_teachers(data: Data, teachers: Teachers | None, config, accelerator, run) -> Data:
@@ -208,12 +203,7 @@ def _inputs_of(module: nn.Module):
 
 def _backbone_hash(classifier: Classifier) -> str:
     """The hash of all but the head, which is what the features depend on."""
-    head = classifier.network.get_submodule(classifier.head)
-    with torch.no_grad():
-        saved = {name: parameter.clone() for name, parameter in head.named_parameters()}
-        for parameter in head.parameters():
-            parameter.zero_()
-        digest = state_hash(classifier.network)
-        for name, parameter in head.named_parameters():
-            parameter.copy_(saved[name])
-    return digest
+    network = copy.deepcopy(classifier.network)
+    for parameter in network.get_submodule(classifier.head).parameters():
+        nn.init.zeros_(parameter)
+    return state_hash(network)

@@ -10,7 +10,8 @@ from kd.data import Data
 from kd.measure import cost, metrics
 from kd.measure.predict import predict
 from kd.run.folder import Run
-from kd.teachers import Teachers, load_teachers
+from kd.teachers import Teachers
+from kd.teachers.load import load_teachers
 from kd.track import Outcome, hardest
 from kd.train import zero
 from kd.train.fit import Fitted

@@ -33,7 +33,7 @@ from refusing import (  # noqa: F401 (fixtures)
 )
 
 from kd.models import build_network, load_classifier
-from kd.teachers import load_teachers
+from kd.teachers.load import load_teachers
 from kd.train.checkpoint import checkpoints, load_newest
 
 # Names and values

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 
 import pytest
 import yaml
 from conftest import assert_one_line
 
+from kd.losses import LOSSES
 from kd.run.config import DistillConfig, EvaluateConfig, TeacherConfig
+from kd.run.objective import explain_loss
 from kd.run.parse import parse
 from kd.util.errors import UserError
 
@@ -158,6 +162,15 @@ def test_the_help_of_a_loss_names_flags_that_work(capsys):
     flags = [line.split() for line in text.splitlines() if line.strip().startswith("--losses.")]
     assert [flag for flag, _ in flags] == [f"--losses.KL.{name}" for name in ("temperature", "standardize", "weight")]
     parse(DistillConfig, [*recipe, *(word for pair in flags for word in pair)])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_help_of_a_loss_explains_every_argument_that_it_shows(capsys, name):
+    explain_loss(name)
+    text, _, flags = capsys.readouterr().out.partition("\nAdd it to a recipe:")
+    shown = re.findall(rf"--losses\.{name}\.(\w+)", flags)
+    explained = [one for entry in re.findall(r"^    (\w+(?:, \w+)*): \S", text, re.M) for one in entry.split(", ")]
+    assert sorted(explained) == sorted(shown) == sorted(inspect.signature(LOSSES[name]).parameters)
 
 
 @pytest.mark.parametrize(("script", "first"), [("distill", ["student", "teacher"]), ("train_teacher", ["model"])])

@@ -50,7 +50,7 @@ class BuilderDies:
 
 
 STORE = ("kd.data.store", "build", ("kd.data.build", "_reserve"))
-TABLE = ("kd.teachers.fixed_table", "_build", ("kd.teachers.fixed_table", "_digest"))
+TABLE = ("kd.teachers.tables", "_build", ("kd.teachers.tables", "file_sha256"))
 
 
 def builds(cache: Path, kind: str) -> list[str]:

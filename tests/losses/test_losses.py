@@ -390,6 +390,35 @@ def test_features_that_cannot_be_compared_are_refused(loss, shapes, words):
         loss.setup(Setting({"a": shapes[0]}, {"b": shapes[1]}))
 
 
+def test_what_a_constructor_takes_as_kwargs_are_its_parents_arguments():
+    class Handed(KL):
+        def __init__(self, share: float = 0.5, **kwargs):
+            super().__init__(**kwargs)
+            self.keep_nonnegative(share=share)
+
+    class Below(Handed):
+        def __init__(self, weight: float = 2.0, **kwargs):
+            super().__init__(weight=weight, **kwargs)
+
+    class Named(KL):
+        def __init__(self, temperature: float = 3.0, standardize: bool = True, weight: float = 1.0):
+            super().__init__(temperature, standardize=standardize, weight=weight)
+
+    known = {
+        kind: {k: p.default for k, p in inspect.signature(kind).parameters.items()} for kind in (Handed, Below, Named)
+    }
+    assert known[Handed] == {"share": 0.5, "temperature": 4.0, "standardize": False, "weight": 1.0}
+    assert known[Below] == {"weight": 2.0, "share": 0.5, "temperature": 4.0, "standardize": False}
+    assert known[Named] == {"temperature": 3.0, "standardize": True, "weight": 1.0}
+    loss = Below(share=0.1, temperature=2.0)
+    assert (loss.weight, loss.share, loss.temperature, loss.standardize) == (2.0, 0.1, 2.0, False)
+    assert Named(5.0, False, 2.0).temperature == 5.0
+    with pytest.raises(TypeError, match="temprature"):
+        Below(temprature=2.0)
+    with pytest.raises(ValueError, match="Below: share -1 must be a finite number, 0 or more"):
+        Below(share=-1)
+
+
 def test_terms_of_one_class_are_told_apart():
     logits = torch.randn(3, 4)
     labels = torch.zeros(3, dtype=torch.long)

@@ -295,6 +295,10 @@ def square_gap(one, other):
     return mean((a - b) ** 2 for a, b in zip(one, other, strict=True))
 
 
+def weighing(*weights):
+    return dict(zip(("vertex_weight", "edge_weight", "transformation_weight"), weights, strict=True))
+
+
 def test_irg_equals_loops():
     student, teacher = graphs()
     parts = [square_gap(s, t) for s, t in zip(reference_graph(student), reference_graph(teacher), strict=True)]
@@ -306,7 +310,7 @@ def test_irg_equals_loops():
         (0.0, 0.0, 1.0): parts[2],
     }
     for weights, part in expected.items():
-        assert IRG(*taps, *weights)(student, teacher, BATCH).item() == pytest.approx(part, rel=1e-12)
+        assert IRG(*taps, **weighing(*weights))(student, teacher, BATCH).item() == pytest.approx(part, rel=1e-12)
     total = 0.1 * logits + 5 * (parts[0] + parts[1]) / 2 + 5 * parts[2]
     assert IRG(*taps)(student, teacher, BATCH).item() == pytest.approx(total, rel=1e-12)
 
@@ -315,8 +319,10 @@ def test_irg_averages_its_transformations():
     student, teacher = graphs()
     for outputs in (student, teacher):
         outputs.features["c"] = outputs.features["b"].flip(1)
-    both = IRG(["a", "b", "c"], ["a", "b", "c"], 0.0, 0.0, 1.0)(student, teacher, BATCH).item()
-    each = [IRG(pair, pair, 0.0, 0.0, 1.0)(student, teacher, BATCH).item() for pair in (["a", "b"], ["b", "c"])]
+    both = IRG(["a", "b", "c"], ["a", "b", "c"], **weighing(0.0, 0.0, 1.0))(student, teacher, BATCH).item()
+    each = [
+        IRG(pair, pair, **weighing(0.0, 0.0, 1.0))(student, teacher, BATCH).item() for pair in (["a", "b"], ["b", "c"])
+    ]
     assert both == pytest.approx(sum(each) / 2, rel=1e-12)
     assert each[0] != pytest.approx(each[1], rel=0.01)
 

@@ -284,7 +284,7 @@ def masks(loss, keys, count):
 @pytest.mark.parametrize("channels", [2, 3])
 def test_mgd_equals_loops(mask, channels):
     student, teacher = {"a": draw(3, 2, 4, 6)}, {"b": draw(3, channels, 4, 3, seed=1)}
-    loss = built(MGD("a", "b", mask, mask_ratio=0.4), student, teacher)
+    loss = built(MGD("a", "b", mask=mask, mask_ratio=0.4), student, teacher)
     x, y = reference_pool(student["a"].tolist(), 4, 3), teacher["b"].tolist()
     if channels != 2:
         x = reference_conv(x, loss.align)

@@ -92,7 +92,7 @@ def test_a_mean_of_teachers(teacher_run, tmp_path, teacher_mean):
     import torch
 
     from kd.models import load_classifier
-    from kd.teachers import load_teachers
+    from kd.teachers.load import load_teachers
 
     classes = [str(digit) for digit in range(10)]
     single = load_classifier(teacher_run)

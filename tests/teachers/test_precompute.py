@@ -111,7 +111,7 @@ def test_no_table_is_made_where_views_hardly_repeat_images_are_seen_once_or_it_w
     distil, monkeypatch, arguments, limit
 ):
     if limit:
-        monkeypatch.setattr("kd.teachers.fixed_table.LIMIT_BYTES", limit)
+        monkeypatch.setattr("kd.teachers.tables.LIMIT_BYTES", limit)
     result, made = distil("run", "--data.split_seed", 15, *arguments)
     assert "teacher: computed at each step" in result.out
     assert not made

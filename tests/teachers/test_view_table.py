@@ -17,7 +17,7 @@ from test_resume import rows
 
 from kd import keyed
 from kd.data.views import Views
-from kd.teachers.view_table import ViewTable
+from kd.teachers.tables import ViewTable
 
 SHAPES = {"logits": (3,), "map": (2, 4, 4)}
 ROUNDING = 2**-11  # of float16, relative

@@ -11,7 +11,7 @@ import torch
 from kd import data
 from kd.data import Split
 from kd.data.store import Store
-from kd.teachers.view_table import record_of
+from kd.teachers.tables import record_of
 from kd.util import mapped
 
 
