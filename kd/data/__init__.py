@@ -25,9 +25,9 @@ from kd.util.errors import UserError, say
 from kd.util.mapped import announce, is_large
 
 
-def default_cache_dir() -> Path:
-    """Where stores and downloads go unless data.cache_dir names another place: $KD_CACHE, else ~/.cache/kd."""
-    return Path(os.environ.get("KD_CACHE", "~/.cache/kd")).expanduser()
+def cache_folder(cache_dir: str | None) -> Path:
+    """Where stores and downloads go: data.cache_dir, else $KD_CACHE, else ~/.cache/kd."""
+    return Path(cache_dir or os.environ.get("KD_CACHE", "~/.cache/kd")).expanduser()
 
 
 Columns = dict[str, Tensor]  # of a batch, by name: `image` uint8 (B, C, H, W), and others
@@ -220,9 +220,11 @@ def load_data(config, download: bool = True, size: tuple[int, int] | None = None
     Raises:
         UserError: the source cannot be read, has one class, or is too small for the splits.
     """
-    cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    cache_dir = cache_folder(config.cache_dir)
     download_dir = Path(config.download_dir).expanduser() if config.download_dir else cache_dir / "downloads"
-    source = find_source(config.source, cache_dir, download_dir, config.image_column, config.label_column, download)
+    hub_dir = cache_dir / "huggingface" if config.cache_dir else None
+    columns = (config.image_column, config.label_column)
+    source = find_source(config.source, cache_dir, download_dir, *columns, download, hub_dir)
     channels, side = config.store_channels or config.channels, config.store_size or config.resize
     recipe = Recipe(channels, side, config.skip_unreadable, size)
     classes, stores = open_stores(source, recipe, cache_dir, config.store, config.num_workers)

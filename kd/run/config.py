@@ -122,7 +122,8 @@ class DataConfig:
     device_share: ClosedUnitInterval = 0.4
     """on a GPU, images are kept in its memory if they take at most this share of what is free there; 0 for never"""
     cache_dir: str | None = None
-    """where decoded images are kept; default $KD_CACHE or ~/.cache/kd"""
+    """where decoded images are kept, and sets of the Hub; default $KD_CACHE or ~/.cache/kd, for sets of the Hub the
+    Hugging Face caches (HF_HOME)"""
     download_dir: str | None = None
     """where named sets are downloaded to; default CACHE_DIR/downloads"""
 

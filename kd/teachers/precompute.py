@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd.data import Data, Split, Viewed, default_cache_dir
+from kd.data import Data, Split, Viewed, cache_folder
 from kd.models import BACKBONE, Classifier, code_hash, state_hash
 from kd.teachers import Teachers, columns
 from kd.teachers.fixed_table import fixed_table
@@ -148,8 +148,7 @@ class _Frozen:
         settings, accelerator = self.config.data, self.accelerator
         parts = [FORMAT, *self.key, accelerator.mixed_precision, split.store.identity(), of, accelerator.device.type]
         name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
-        cache_dir = Path(settings.cache_dir).expanduser() if settings.cache_dir else default_cache_dir()
-        return cache_dir / "tables" / f"{self.kind}-{name}"
+        return cache_folder(settings.cache_dir) / "tables" / f"{self.kind}-{name}"
 
     @torch.no_grad()
     def _view_table(self) -> ViewTable | None:
