@@ -131,6 +131,27 @@ def test_sharded_with_losses_that_learn_and_remember(teacher_run, tmp_path, engi
     close(*training, 1e-2 if half else 1e-3)
 
 
+class Missing(Loss):
+    """Fails at the first batch."""
+
+    needs_teacher = False
+
+    def forward(self, student, teacher, batch):
+        return {"other": student.logits.mean()}["missing"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", *SHARDED])
+def test_a_loss_that_fails_is_one_line_before_anything_is_written(tmp_path, engine):
+    command = (*ARGUMENTS, "--losses", "[test_sharded.Missing]", "--output_dir", tmp_path / "run")
+    processes = children.start_several("train_teacher", command, 2, None, ENGINES[engine], tmp_path / "said")
+    assert children.finish(*processes) == [2, 2]
+    said = (tmp_path / "said").read_text()
+    assert "Traceback" not in said
+    assert "error: a trial on 4 training images failed: KeyError: 'missing', raised by your own code" in said
+    assert not (tmp_path / "run").exists()
+
+
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}
 
 
