@@ -272,6 +272,8 @@ class TrainConfig:
             name, whole = type(loss).__name__, "_modules" in vars(loss) and hasattr(loss, "weight")
             _require(whole, f"losses: __init__ of {name} does not call super().__init__(weight)")
             _require(type(loss).forward is not Loss.forward, f"losses: {name} has no forward")
+        whole = self.learner is None or "_modules" in vars(self.learner)
+        _require(whole, f"learner: __init__ of {type(self.learner).__name__} does not call super().__init__()")
         whole = [loss.name for loss in self.losses if loss.sees_batch]
         _require(
             self.accumulate == 1 or not whole,

@@ -58,7 +58,7 @@ def try_first_batch(distiller: nn.Module, teachers: Callable | None, data: Data,
                         f"and at what the network gives"
                     )
             sum(terms.values()).backward()
-    except (TypeError, AttributeError, RuntimeError) as error:  # such as a forward with other arguments
+    except (TypeError, AttributeError, KeyError, RuntimeError) as error:  # such as a forward with other arguments
         if isinstance(error, torch.OutOfMemoryError) and accelerator.is_fsdp2:
             say("note: what is trained does not fit one device whole, so that nothing is tried before the first step")
             return
