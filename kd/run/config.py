@@ -418,7 +418,7 @@ class AdoptConfig(_Trained):
     num_threads: Threads | None = None
     """CPU threads; null for all cores, or $OMP_NUM_THREADS"""
     overwrite: bool = False
-    """delete what an earlier run left in output_dir and start anew"""
+    """delete what an earlier run left in output_dir and start from the beginning"""
 
     def __post_init__(self):
         _require(self.weights != "", "weights is empty; name the file of the trained weights")
