@@ -181,7 +181,9 @@ def load_data(config, download: bool = True, size: tuple[int, int] | None = None
     """
     cache_dir = cache_folder(config.cache_dir)
     download_dir = Path(config.download_dir).expanduser() if config.download_dir else cache_dir / "downloads"
-    source = find_source(config.source, cache_dir, download_dir, config.image_column, config.label_column, download)
+    hub_dir = cache_dir / "huggingface" if config.cache_dir else None
+    columns = (config.image_column, config.label_column)
+    source = find_source(config.source, cache_dir, download_dir, *columns, download, hub_dir)
     channels, side = config.store_channels or config.channels, config.store_size or config.resize
     recipe = Recipe(channels, side, config.skip_unreadable, size)
     classes, stores = open_stores(source, recipe, cache_dir, config.store, config.num_workers)

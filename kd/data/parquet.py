@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +20,61 @@ _VAL = re.compile(rf"(?<![a-z])({'|'.join(VAL_NAMES)})(?![a-z])")
 _PLAIN = re.compile(r"u?int\d+|(large_)?string|bool")  # types of columns that may hold labels, in Arrow's words
 
 
-def load_hub(name: str):
+def load_hub(
+    name: str, folder: Path | None, notes: list[str]
+) -> tuple[dict[str, Any], Callable[[], dict[str, list[Path]]]]:
+    """A set of the Hub: its splits, and a function that gives each split's Parquet files, downloaded where they are not
+    there any more.
+
+    Args:
+        folder: below which all lies that is downloaded and read; None for where the Hugging Face libraries put it.
+
+    Raises:
+        UserError: there is no such set, or no network.
+    """
     import datasets
 
+    @contextmanager
+    def hub() -> Iterator[None]:
+        try:
+            with _kept_below(folder):
+                yield
+        except Exception as error:  # the hub's errors have many types; all mean that the set is not there
+            raise UserError(
+                f"cannot load hub:{name} ({' '.join(str(error).split())[:200]}); check the name and the network, or "
+                f"download its Parquet files to a folder and give that folder as data.source"
+            ) from None
+
+    def files() -> dict[str, list[Path]]:
+        if not builder.config.data_files:
+            notes.append(
+                f"hub:{name} is read from the cache, without a network: in which order each of its files names the "
+                f"classes is not known"
+            )
+            return {}
+        with hub():
+            found = builder.dl_manager.download(builder.config.data_files)
+        return {str(split): [Path(f) for f in some if f.endswith(".parquet")] for split, some in found.items()}
+
+    with hub():
+        builder = datasets.load_dataset_builder(name, cache_dir=folder and str(folder))
+        return _prepared(builder), files
+
+
+@contextmanager
+def _kept_below(folder: Path | None) -> Iterator[None]:
+    """Let what is downloaded lie below a folder: `datasets` does not tell its `cache_dir` to what fetches files."""
+    if folder is None:
+        yield
+        return
+    from huggingface_hub import constants
+
+    os.environ.setdefault("HF_XET_CACHE", str(folder / "xet"))  # of the package that fetches large files
+    before, constants.HF_HUB_CACHE = constants.HF_HUB_CACHE, str(folder / "hub")
     try:
-        return _prepared(datasets.load_dataset_builder(name))
-    except Exception as error:  # the hub's errors have many types; all mean that the set is not there
-        raise UserError(
-            f"cannot load hub:{name} ({' '.join(str(error).split())[:200]}); check the name and the network, or "
-            f"download its Parquet files to a folder and give that folder as data.source"
-        ) from None
+        yield
+    finally:
+        constants.HF_HUB_CACHE = before
 
 
 def _prepared(builder) -> dict[str, Any]:
@@ -72,7 +120,7 @@ def open_dataset(
     image_column: str | None,
     label_column: str | None,
     notes: list[str],
-    files: dict[str, list[Path]] | None = None,
+    files: dict[str, list[Path]],
 ):
     """Class names and splits of a `datasets` set by split.
 
@@ -93,7 +141,7 @@ def open_dataset(
             first = column.is_null().to_pylist().index(True)
             raise UserError(f"data.source {source!r}: {title} {first} has no label; remove the rows without one")
         if isinstance(features[label_column], datasets.ClassLabel):
-            labels = _renumbered(column.to_numpy().astype(np.int64), classes, label_column, (files or {}).get(name, []))
+            labels = _renumbered(column.to_numpy().astype(np.int64), classes, label_column, files.get(name, []))
         else:
             values = column.to_numpy(zero_copy_only=False)
             classes = sorted(set(values.tolist())) if classes is None else classes

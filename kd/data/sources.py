@@ -53,8 +53,12 @@ def find_source(
     image_column: str | None = None,
     label_column: str | None = None,
     download: bool = True,
+    hub_dir: Path | None = None,
 ) -> Source:
     """The source of that name, Hub name or folder.
+
+    Args:
+        hub_dir: where sets of the Hub are kept; None for where the Hugging Face libraries keep them.
 
     Raises:
         UserError: no such source; the known names and forms are listed.
@@ -66,12 +70,12 @@ def find_source(
         opener = partial(_open_torchvision, source, download_dir, download)
         return Source(source, opener, _downloaded(source, download_dir, cache_dir / MEMORY), decoded=True)
     if source.startswith("hub:"):
-        dataset = load_hub(source[4:])
+        dataset, files = load_hub(source[4:], hub_dir, notes)
         prints = [f"{split}:{part._fingerprint}" for split, part in sorted(dataset.items())]
         return Source(
             source,
-            lambda: open_dataset(dataset, source, image_column, label_column, notes),
-            digest([source, *prints]),
+            lambda: open_dataset(dataset, source, image_column, label_column, notes, files()),
+            digest([source, f"{image_column}:{label_column}", "names by file", *prints]),
             notes,
         )
     if shown(source) != source:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kd.data import cache_folder
 from kd.data.sources import RawSplit, find_source
 from kd.measure import metrics
 from kd.measure.evaluation import Measured
@@ -28,8 +29,12 @@ SOFT_IMAGES, SOFT_CLASSES = 4, 4
 SURE = 0.8  # how sure a teacher is of the images whose soft targets are shown, as nearly as there are any
 
 
-def write_report(folder: Path, results: list[Measured], groups: list[dict]) -> list[Path]:
-    """Write index.html, results.json, report.md and accuracy_vs_cost.png; returns the files."""
+def write_report(folder: Path, results: list[Measured], groups: list[dict], cache_dir: str | None = None) -> list[Path]:
+    """Write index.html, results.json, report.md and accuracy_vs_cost.png; returns the files.
+
+    Args:
+        cache_dir: as `data.cache_dir`.
+    """
     from kd.report import plots
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +51,7 @@ def write_report(folder: Path, results: list[Measured], groups: list[dict]) -> l
         student = known[part["run"]]
         for image in part["images"]:
             pictures[part["run"], image["image"]] = _picture(student.view, image["image"])
-            image["file"] = _file_name(student, image["image"])
+            image["file"] = _file_name(student, image["image"], cache_dir)
     files = {
         "index.html": report_page(said, records, pictures),
         "results.json": to_json(said),
@@ -139,13 +144,14 @@ def _soften(logits: Tensor, classes: list[str], temperatures: list[float]) -> di
     return {"classes": [classes[i] for i in top.tolist()], "probabilities": rows}
 
 
-def _file_name(result: Measured, place: int) -> str | None:
+def _file_name(result: Measured, place: int, cache_dir: str | None) -> str | None:
     """An image's file below its source's folder, or its row there; None where images are no files, or some were left
     out."""
     row, store = result.row, result.view.store
     if not Path(row["source"]).expanduser().is_dir():
         return None
-    splits = _raw_splits(row["source"], *(row["config"]["data"].get(key) for key in ("image_column", "label_column")))
+    columns = (row["config"]["data"].get(key) for key in ("image_column", "label_column"))
+    splits = _raw_splits(row["source"], cache_folder(cache_dir), *columns)
     raw, where = splits.get(row["split"], splits["train"]), int(result.view.places[place])
     if not np.array_equal(raw.labels, store.labels):
         return None
@@ -153,8 +159,10 @@ def _file_name(result: Measured, place: int) -> str | None:
 
 
 @functools.cache
-def _raw_splits(source: str, image_column: str | None, label_column: str | None) -> dict[str, RawSplit]:
-    return find_source(source, Path(), image_column, label_column).open()[1]
+def _raw_splits(
+    source: str, cache_dir: Path, image_column: str | None, label_column: str | None
+) -> dict[str, RawSplit]:
+    return find_source(source, cache_dir, cache_dir, image_column, label_column).open()[1]
 
 
 def _picture(view, place: int) -> str:

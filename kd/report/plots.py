@@ -290,7 +290,7 @@ def _pair(pair: dict) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG on white; the same bytes for a figure drawn anew from the same numbers."""
+    """The figure as a PNG on white; the same bytes for a figure of the same numbers."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # of a name's script that the font lacks

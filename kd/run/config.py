@@ -108,7 +108,8 @@ class DataConfig:
     device_share: ClosedUnitInterval = 0.4
     """on a GPU, images are kept in its memory if they take at most this share of what is free there; 0 for never"""
     cache_dir: str | None = None
-    """where decoded images are kept; default $KD_CACHE or ~/.cache/kd"""
+    """where decoded images are kept, and sets of the Hub; default $KD_CACHE or ~/.cache/kd, for sets of the Hub the
+    Hugging Face caches (HF_HOME)"""
     download_dir: str | None = None
     """where named sets are downloaded to; default CACHE_DIR/downloads"""
 
@@ -245,6 +246,8 @@ class TrainConfig:
             name, whole = type(loss).__name__, "_modules" in vars(loss) and hasattr(loss, "weight")
             _require(whole, f"losses: __init__ of {name} does not call super().__init__(weight)")
             _require(type(loss).forward is not Loss.forward, f"losses: {name} has no forward")
+        whole = self.learner is None or "_modules" in vars(self.learner)
+        _require(whole, f"learner: __init__ of {type(self.learner).__name__} does not call super().__init__()")
         whole = ", ".join(loss.name for loss in self.losses if loss.sees_batch)
         _require(
             self.accumulate == 1 or not whole,

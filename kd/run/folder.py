@@ -54,6 +54,19 @@ def refuse_runs_file(path: Path, flag: str) -> None:
         raise UserError(f"{flag} {str(path)!r} is a run's file, which would be lost; name another place")
 
 
+def _holder(folder: Path) -> str | None:
+    """Who runs in a folder; None where nobody does, or nobody who could be known."""
+    try:
+        if (folder / ".owner").is_file():
+            with FileLock(folder / ".lock", timeout=0):
+                return None
+    except Timeout:
+        return (folder / ".owner").read_text().strip()
+    except OSError:  # of a folder of somebody else's
+        pass
+    return None
+
+
 class Run:
     """One run's folder, opened for writing by the main process and known by path to the others.
 
@@ -79,8 +92,8 @@ class Run:
         if is_main:
             if overwrite:
                 self._keep_inputs()
-            self._take()
             try:
+                self._take()
                 self._check()
             except BaseException:
                 self.__exit__()
@@ -121,6 +134,14 @@ class Run:
             ) from None
         self._lock = lock
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        here = Path(os.path.realpath(self.folder))
+        for other in (*here.parents, *(file.parent for file in here.rglob(".owner") if file.parent != here)):
+            if who := _holder(other):
+                where = "lies in" if other in here.parents else "holds"
+                raise UserError(
+                    f"output_dir {str(self.folder)!r} {where} {str(other)!r}, a run in use by {who}; wait for it, or "
+                    f"name another output_dir"
+                )
 
     def _check(self) -> None:
         """Refuse a folder that holds anything but this run, or a run to delete; changes nothing."""
@@ -155,7 +176,16 @@ class Run:
 
         Args:
             kept: names of the networks that `finish` will write beside its own.
+
+        Raises:
+            UserError: something else has the place of one of these.
         """
+        for folder in (self.folder / name for name in kept if self.is_main):
+            if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and folder not in self._kept_before()):
+                raise UserError(
+                    f"output_dir {str(self.folder)!r}: a network {folder.name!r} will be kept there, and "
+                    f"{str(folder)!r} is something else; move it, or name another output_dir"
+                )
         self._begun = True
         if not self.is_main:
             return
@@ -171,7 +201,7 @@ class Run:
         if new:
             write_atomic(self.folder / "config.yaml", self._config_yaml())
         if new or not ((self.folder / "inputs.json").is_file() or (self.folder / "checkpoints").is_dir()):
-            self.inputs = {"overwrote": self.overwrite, "kept": list(kept), **(self.inputs or {})}
+            self.inputs = {"overwrote": self.overwrite, **(self.inputs or {})}
             write_atomic(self.folder / "inputs.json", (json.dumps(self.inputs, indent=2) + "\n").encode())
 
     def _kept_before(self) -> list[Path]:
@@ -239,11 +269,12 @@ class Run:
             return
         first, *others = files
         for name in (*others, first):
-            folder, written = self.folder, dict(files[name])
+            folder, written = self.folder, {}
             if name != first:
                 folder = self.folder / name
                 folder.mkdir(exist_ok=True)
-                written["config.yaml"] = self._config_yaml(output_dir=str(folder), network=name)
+                written["config.yaml"] = self._config_yaml(output_dir=str(folder), network=name)  # says whose it is
+            written |= files[name]
             summary = {**summaries[name], "inputs": self.inputs}
             written["summary.json"] = (json.dumps(summary, indent=2) + "\n").encode()
             for file, content in written.items():

@@ -62,7 +62,7 @@ def parse(config_class, argv: list[str] | None, positional: str | None = None):
     if config_class in DEFAULT_LOSSES and not whole:
         parser.set_defaults({"losses": DEFAULT_LOSSES[config_class]})
     try:
-        with blamed("losses"):
+        with blamed("losses or learner"):
             namespace = parser.parse_args(_for_jsonargparse(flags) + words)
             if "losses" in fields:
                 change_losses(namespace.losses, flags)

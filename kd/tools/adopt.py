@@ -31,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(AdoptConfig, argv)
     training = _untrained(config)
     accelerator = make_accelerator(training)
+    if accelerator.is_fsdp2:  # the network would be copied from its parts, and nothing is in parts here
+        raise UserError(
+            "kd.adopt trains nothing that FSDP2 could share out; use one process, or DistributedDataParallel"
+        )
     with open_run(training, accelerator) as run:
         if run.finished:
             return 0

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.top < 1:
         raise UserError(f"--top {arguments.top} must be 1 or more")
     if arguments.html and Path(arguments.html).suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--html {arguments.html!r} must end in .html; it is written anew, so it may not be an image")
+        raise UserError(f"--html {arguments.html!r} must end in .html; it is overwritten, so it may not be an image")
     runs = list(dict.fromkeys(path for path in arguments.paths if is_run(path)))
     if not runs:
         load_classifier(arguments.paths[0])  # its error says what is missing

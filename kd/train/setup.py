@@ -189,6 +189,8 @@ def build_learner(network: Classifier, teachers: Teachers | None, data: Data, co
 
     torch.manual_seed(config.seed)
     learner.setup(network, Making(make, teachers, data.image_shape))
+    if not learner.networks:
+        raise UserError(f"learner {type(learner).__name__} keeps no network; let its `networks` give one or more")
     return learner
 
 

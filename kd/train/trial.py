@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kd.data import Data, TrainBatches
 from kd.outputs import Batch
-from kd.util.errors import UserError
+from kd.util.errors import UserError, say
 from kd.util.own_code import blamed, described
 
 NUM_IMAGES = 4
@@ -36,15 +36,14 @@ def try_first_batch(distiller: nn.Module, teachers: Callable | None, data: Data,
     """Take a few training images forward and backward, and leave everything as it was: no byte of the run changes.
 
     Args:
-        distiller: moved to the accelerator's device, unless FSDP2 will share it out.
+        distiller: moved to the accelerator's device; where FSDP2 will share it out, for the trial alone.
         teachers: gives their outputs for a batch, by name.
 
     Raises:
         UserError: the network or a loss of the user's own fails, or a loss cannot be trained on.
     """
-    if accelerator.is_fsdp2:
-        return
     device, what = accelerator.device, f"a trial on {NUM_IMAGES} training images failed"
+    home = next(distiller.parameters()).device if accelerator.is_fsdp2 else device
     batches = TrainBatches(data.train, NUM_IMAGES, config.seed, 0, 1, data.views, 1, len(data.classes))
     try:
         with _unchanged(distiller.to(device).train()), blamed(what):
@@ -59,13 +58,17 @@ def try_first_batch(distiller: nn.Module, teachers: Callable | None, data: Data,
                         f"and at what the network gives"
                     )
             sum(terms.values()).backward()
-    except (TypeError, AttributeError, RuntimeError) as error:  # such as a forward with other arguments
+    except (TypeError, AttributeError, KeyError, RuntimeError) as error:  # such as a forward with other arguments
+        if isinstance(error, torch.OutOfMemoryError) and accelerator.is_fsdp2:
+            say("note: what is trained does not fit one device whole, so that nothing is tried before the first step")
+            return
         packages = {type(module).__module__.partition(".")[0] for module in distiller.modules()}
         if isinstance(error, torch.OutOfMemoryError) or packages <= {"kd", "torch", "torchvision"}:
             raise
         raise UserError(f"{what}, in a network or loss of your own: {described(error)}") from error
     finally:
         batches.close()
+        distiller.to(home)
 
 
 @contextmanager

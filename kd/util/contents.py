@@ -39,7 +39,7 @@ _CONFIG = {
     "optimizer?": {"name?": str, "lr?": float},
 }
 _SPLIT = {"images": int, **dict.fromkeys(("split", "pixels", "looks"), str), "files": _OPTIONAL_STRING}
-_INPUTS = {"overwrote?": bool, "kept?": [str], "data?": {str: _SPLIT}, "weights?": {str: str}}
+_INPUTS = {"overwrote?": bool, "data?": {str: _SPLIT}, "weights?": {str: str}}
 _SUMMARY = {
     "test_accuracy": float,
     "val_accuracy": (float, None),
@@ -81,8 +81,11 @@ def read_inputs(folder: Path) -> dict | None:
     """What a run learns from, from inputs.json; None where there is none.
 
     Returns:
-        `overwrote`, whether it began in place of another; `kept`, names of its other networks; `data` by split, see
-        `kd.data.identity`; `weights`, a sha256 by run folder.
+        `overwrote`, whether it began in place of another; `data` by split, see `kd.data.identity`; `weights`, a sha256
+        by run folder.
+
+    Raises:
+        UserError: its inputs.json is damaged.
     """
     return _read(folder / "inputs.json", _INPUTS, absent=None)
 

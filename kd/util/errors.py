@@ -105,10 +105,6 @@ def run_script(main: Callable[[], int | None], then: str = "the same command res
     except (KeyboardInterrupt, _Stopped) as stopped:
         number = stopped.args[0] if isinstance(stopped, _Stopped) else signal.SIGINT
         status = _fail(f"stopped by {signal.Signals(number).name}; {then}", 128 + number)
-    except RuntimeError as error:
-        if (message := _lost(error)) is None:
-            raise
-        status = _fail(message, 1, speak=True) if message else 1
     except BrokenPipeError:  # `python evaluate.py ... | head` is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
@@ -117,6 +113,11 @@ def run_script(main: Callable[[], int | None], then: str = "the same command res
             raise
         place = f": {error.filename}" if error.filename else ""
         status = _fail(f"{os.strerror(error.errno).lower()}{place}; free or change it and run the same command", 1)
+    except Exception as error:
+        message = _lost(error) if isinstance(error, RuntimeError) else None
+        if message is None and (message := _of_own_code(error)) is None:
+            raise
+        status = _fail(message, 1, speak=True) if message else 1
     finally:
         # While Python ends it puts the default in place of every handler, and the signal would kill; "ignore" stays.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -141,6 +142,14 @@ def _lost(error: RuntimeError) -> str | None:
     from kd.util.processes import lost_contact
 
     return lost_contact(error)
+
+
+def _of_own_code(error: Exception) -> str | None:
+    """In words what the user's own network, loss or learner raised; None where it is none of them."""
+    from kd.util.own_code import called_from_here, described
+
+    place = called_from_here(error)
+    return place and f"{described(error)}, raised by your own code: {place}"
 
 
 def _fail(message: str, status: int, speak: bool = False) -> int:

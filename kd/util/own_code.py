@@ -28,8 +28,11 @@ def blamed(what: str) -> Iterator[None]:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        if place := own_place(error):
-            raise UserError(f"{what}: {described(error)}, raised by your own code: {place}") from error
+        cause: BaseException | None = error
+        while cause is not None:  # a library may have caught it and raised its own
+            if place := own_place(cause):
+                raise UserError(f"{what}: {described(cause)}, raised by your own code: {place}") from error
+            cause = cause.__cause__ or cause.__context__
         raise
 
 
@@ -43,8 +46,23 @@ def own_place(error: BaseException) -> str | None:
     """Where in the user's own files it was raised, the innermost calls last; None where none of them took part."""
     if isinstance(error, SyntaxError) and error.filename and _is_own(error.filename):
         return f"{error.filename}, line {error.lineno}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]
-    return "; ".join(f"{frame.filename}, line {frame.lineno}, in {frame.name}" for frame in frames[-3:]) or None
+    return _words(traceback.extract_tb(error.__traceback__))
+
+
+def called_from_here(error: BaseException) -> str | None:
+    """The same, without what called a script of ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    rooms = (number for number, frame in enumerate(frames) if _is_in_a_room(Path(frame.filename)))
+    return _words(frames[next(rooms, len(frames)) :])
+
+
+def _words(frames: list[traceback.FrameSummary]) -> str | None:
+    own = [frame for frame in frames if _is_own(frame.filename)]
+    return "; ".join(f"{frame.filename}, line {frame.lineno}, in {frame.name}" for frame in own[-3:]) or None
+
+
+def _is_in_a_room(path: Path) -> bool:
+    return path.is_relative_to(_OURS / "kd") and path.name != "errors.py"
 
 
 def _is_own(file: str) -> bool:

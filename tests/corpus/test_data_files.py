@@ -285,6 +285,21 @@ def test_what_is_read_of_parquet_files_is_copied_to_the_cache_alone(tables, load
     assert not (tmp_path / "home").exists()
 
 
+def test_a_report_on_parquet_files_reads_the_run_s_columns_and_writes_nothing_elsewhere(tables, load, tmp_path):
+    import torch
+
+    from kd.measure.evaluation import Measured
+    from kd.report import _file_name
+
+    tables.write("train-0", ["cat", "dog"], [0, 1] * 5, column="kind")
+    folder, here = tables.write("test-0", ["cat", "dog"], [1, 0], column="kind"), set(Path.cwd().iterdir())
+    view = load(folder, label_column="kind", val_fraction=0).test
+    row = {"source": str(folder), "split": "test", "config": {"data": {"label_column": "kind"}}}
+    measured = Measured("run", row, torch.zeros(2, 2), torch.zeros(2), view)
+    assert _file_name(measured, 1, str(tmp_path / "cache")) == f"{folder} test row 1"
+    assert set(Path.cwd().iterdir()) == here
+
+
 # What is kept of them
 
 

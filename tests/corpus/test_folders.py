@@ -16,6 +16,7 @@ from refusing import (  # noqa: F401 (fixtures)
     contents,
     during,
     finished,
+    losses,
     out,
     refused,
     runs,
@@ -154,6 +155,41 @@ def test_networks_that_a_run_kept_are_known_after_a_kill(train, cohort, monkeypa
     assert not (cohort / "peer2").exists()
 
 
+TERMS = losses(("Term", {"student": "peer*", "loss": {"class_path": "CrossEntropy"}}))
+COHORT = ("--learner", "Cohort", "--losses", TERMS, "--overwrite", "true")
+
+
+@pytest.mark.parametrize("kind", ["a file", "a folder", "another run"])
+def test_what_has_the_name_of_a_network_to_keep_is_noticed_before_training(train, finished, runs, monkeypatch, kind):
+    if kind == "a file":
+        (finished / "peer2").write_bytes(NOTES)
+    else:
+        shutil.copytree(runs / "student", finished / "peer2", ignore=shutil.ignore_patterns(".*"))
+    if kind == "a folder":
+        (finished / "peer2/config.yaml").unlink()
+    before = contents(finished)
+    with monkeypatch.context() as patched:
+        patched.setattr("kd.train.step.Stepper.__call__", None)
+        assert_one_line(train(*COHORT), str(finished / "peer2"), "is something else", "move it")
+    assert contents(finished) == before
+
+
+def test_a_network_whose_writing_was_cut_short_is_written_again(train, finished, monkeypatch):
+    write = kd.run.folder.write_atomic
+
+    def killed(path, content):
+        if path == finished / "peer2/model.safetensors":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kd.run.folder, "write_atomic", killed)
+        assert train(*COHORT).status == 130
+    result = train(*COHORT)
+    assert result.status == 0, result.err
+    assert (finished / "peer2/summary.json").is_file()
+
+
 def test_a_damaged_record_is_overwritten(train, finished):
     (finished / "inputs.json").write_text("{")
     assert_one_line(train("--max_steps", 3), "inputs.json", "train it again with --overwrite true")
@@ -234,6 +270,22 @@ def test_a_folder_that_cannot_be_made(train, tmp_path, place, flag):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     place = tmp_path / place
     assert_one_line(train(flag, place, "--data.source", "digits", "--overwrite", "true"), str(place).split("/")[1])
+
+
+# Folders in folders
+
+
+def test_no_run_writes_in_the_folder_of_a_live_one_or_around_it(train, tmp_path):
+    for live, other, words in (("run", "run/peer2/x", "lies in"), ("group/run", "group", "holds")):
+        with kd.run.folder.Run(str(tmp_path / live), {}, False, True):
+            assert_one_line(train("--output_dir", tmp_path / other), words, str(tmp_path / live), "in use by process")
+        assert not (tmp_path / "run").exists()
+        assert not (tmp_path / "group").exists()
+    (tmp_path / "run").mkdir()
+    for name in (".owner", ".lock"):  # of a run that was killed
+        (tmp_path / "run" / name).touch()
+    result = train("--output_dir", tmp_path / "run/peer2")
+    assert result.status == 0, result.err
 
 
 # A folder that vanishes while it is written to

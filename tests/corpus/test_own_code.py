@@ -160,6 +160,50 @@ class Raises(Loss):
         {}["missing"]
 """
 
+LEARNERS = """
+from kd.students import Learner
+
+
+class InInit(Learner):
+    def __init__(self):
+        super().__init__()
+        {}["missing"]
+
+
+class NoInit(Learner):
+    def __init__(self):
+        pass
+
+
+class InSetup(Learner):
+    def setup(self, student, making):
+        self.head = making.nothing
+
+
+class KeepsNothing(Learner):
+    networks = {}
+
+
+class InForward(Learner):
+    def forward(self, batch):
+        return {}["missing"]
+
+
+class GivesTuple(Learner):
+    def forward(self, batch):
+        return ()
+
+
+class GivesOthers(Learner):
+    def forward(self, batch):
+        return {"other": super().forward(batch)["student"]}
+
+
+class InAfterStep(Learner):
+    def after_step(self, step):
+        {}["missing"]
+"""
+
 BROKEN = {
     "syntax": "def f(:\n",
     "raises": "x = 1\nraise RuntimeError('not today')\n",
@@ -170,10 +214,10 @@ BROKEN = {
 
 @pytest.fixture(autouse=True)
 def own(tmp_path, monkeypatch):
-    """A folder of modules on the path: own_nets, own_losses and the broken ones."""
+    """A folder of modules on the path: own_nets, own_losses, own_learners and the broken ones."""
     folder = tmp_path / "modules"
     folder.mkdir()
-    for name, text in {"own_nets": NETS, "own_losses": LOSSES, **BROKEN}.items():
+    for name, text in {"own_nets": NETS, "own_losses": LOSSES, "own_learners": LEARNERS, **BROKEN}.items():
         name = name if name.startswith("own") else f"own_{name}"
         (folder / f"{name}.py").write_text(text)
         monkeypatch.delitem(__import__("sys").modules, name, raising=False)
@@ -210,7 +254,10 @@ def test_logits_are_found(train, out, kind):
         (("--model", "own_syntax.Net"), ["cannot import the model", "SyntaxError", "own_syntax.py, line 1"]),
         (("--model", "own_raises.Net"), ["RuntimeError: not today", "your own code", "own_raises.py, line 2"]),
         (("--model", "own_leaves.Net"), ["SystemExit: 0", "your own code", "own_leaves.py, line 2"]),
-        (("--model", "own_needs.Net"), ["cannot import the model", "a_package_that_is_not_there"]),
+        (
+            ("--model", "own_needs.Net"),
+            ["cannot import the model", "a_package_that_is_not_there", "own_needs.py, line 1"],
+        ),
         (("--model", ".."), ["'..' is no import path"]),
         (("--model", "math.pi"), ["'math.pi' is of math"]),
         (("--model", "builtins.dict"), ["'builtins.dict' is of builtins"]),
@@ -278,18 +325,47 @@ def test_a_loss_may_give_a_value_per_image(train, out, kind):
         (own_loss("missing"), ["KeyError: 'missing'", "own_losses.py, line", "in forward"]),
         (("--losses", "[own_losses.NoForward]"), ["losses: NoForward has no forward"]),
         (("--losses", "[own_losses.NoInit]"), ["losses: __init__ of NoInit does not call super().__init__(weight)"]),
-        (("--losses", "[own_losses.NoInitWithModule]"), ["NoInitWithModule", "before Module.__init__() call"]),
+        (
+            ("--losses", "[own_losses.NoInitWithModule]"),
+            ["before Module.__init__() call", "own_losses.py, line", "in __init__"],
+        ),
         (("--losses", "[own_losses.FewArguments]"), ["loss of your own", "positional argument"]),
-        (("--losses", "[own_losses.Raises]"), ["losses: KeyError: 'missing', raised by your own code", "in __init__"]),
+        (("--losses", "[own_losses.Raises]"), ["KeyError: 'missing', raised by your own code", "in __init__"]),
         (("--losses", "[own_syntax.Loss]"), ["SyntaxError", "own_syntax.py, line 1"]),
         (("--losses", "[own_raises.Loss]"), ["RuntimeError: not today", "own_raises.py, line 2"]),
         (("--losses", "[own_leaves.Loss]"), ["SystemExit: 0", "your own code", "own_leaves.py, line 2"]),
+        (("--losses", "[own_needs.Loss]"), ["ModuleNotFoundError: No module named", "own_needs.py, line 1"]),
         (("--losses", "[own_nets.Net]"), ["own_nets.Net does not correspond to a subclass of Loss"]),
     ],
     ids=lambda value: str(value)[:60],
 )
 def test_loss(refused, arguments, words):
     refused(arguments, words)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("own_learners.InInit", ["KeyError: 'missing'", "your own code", "own_learners.py, line", "in __init__"]),
+        ("own_learners.NoInit", ["learner: __init__ of NoInit does not call super().__init__()"]),
+        ("own_learners.InSetup", ["no attribute 'nothing'", "your own code", "own_learners.py, line", "in setup"]),
+        ("own_learners.KeepsNothing", ["learner KeepsNothing keeps no network"]),
+        ("own_learners.InForward", ["a trial on 4 training images failed: KeyError", "line", "in forward"]),
+        ("own_learners.GivesTuple", ["a network or loss of your own: AttributeError: 'tuple' object"]),
+        ("own_learners.GivesOthers", ["a network or loss of your own: KeyError: 'student'"]),
+        ("own_learners.InAfterStep", ["KeyError: 'missing', raised by your own code", "in after_step"]),
+        ("own_syntax.Own", ["SyntaxError", "own_syntax.py, line 1"]),
+        ("own_raises.Own", ["RuntimeError: not today", "your own code", "own_raises.py, line 2"]),
+        ("own_leaves.Own", ["SystemExit: 0", "your own code", "own_leaves.py, line 2"]),
+        (
+            "own_needs.Own",
+            ["ModuleNotFoundError: No module named 'a_package_that_is_not_there'", "own_needs.py, line 1"],
+        ),
+        ("own_absent.Own", ["learner: ", "No module named 'own_absent'"]),
+    ],
+)
+def test_learner(refused, name, words):
+    refused(("--learner", name), words)
 
 
 def test_nan_of_one_loss_alone_is_not_a_learning_rate_too_high(refused):

@@ -308,7 +308,7 @@ def test_a_missing_image_in_parquet_is_named(parquet, load):
 def test_hub_without_network_is_one_line(monkeypatch):
     datasets = pytest.importorskip("datasets")
 
-    def unreachable(name):
+    def unreachable(name, **_):
         raise ConnectionError(f"Couldn't reach '{name}' on the Hub\n(offline)")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)

@@ -131,6 +131,42 @@ def test_sharded_with_losses_that_learn_and_remember(teacher_run, tmp_path, engi
     close(*training, 1e-2 if half else 1e-3)
 
 
+@pytest.mark.slow
+def test_adopt_gives_the_network_s_own_weights_or_refuses(alone, tmp_path):
+    weights = alone / "model.safetensors"
+    command = ("--model", "light_nn", "--weights", weights, "--data.source", "digits", "--data.resize", 32)
+    statuses = {}
+    for engine in ("ddp", "fsdp2"):
+        arguments = (*command, "--output_dir", tmp_path / engine)
+        processes = children.start_several("kd.tools.adopt", arguments, 2, None, ENGINES[engine], tmp_path / "said")
+        statuses[engine] = children.finish(*processes)
+    assert statuses == {"ddp": [0, 0], "fsdp2": [2, 2]}
+    assert (tmp_path / "ddp/model.safetensors").read_bytes() == weights.read_bytes()
+    assert "error: kd.adopt trains nothing that FSDP2 could share out" in (tmp_path / "said").read_text()
+    assert not (tmp_path / "fsdp2").exists()
+
+
+class Missing(Loss):
+    """Fails at the first batch."""
+
+    needs_teacher = False
+
+    def forward(self, student, teacher, batch):
+        return {"other": student.logits.mean()}["missing"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", *SHARDED])
+def test_a_loss_that_fails_is_one_line_before_anything_is_written(tmp_path, engine):
+    command = (*ARGUMENTS, "--losses", "[test_sharded.Missing]", "--output_dir", tmp_path / "run")
+    processes = children.start_several("train_teacher", command, 2, None, ENGINES[engine], tmp_path / "said")
+    assert children.finish(*processes) == [2, 2]
+    said = (tmp_path / "said").read_text()
+    assert "Traceback" not in said
+    assert "error: a trial on 4 training images failed: KeyError: 'missing', raised by your own code" in said
+    assert not (tmp_path / "run").exists()
+
+
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}
 
 
