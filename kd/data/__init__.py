@@ -59,6 +59,11 @@ class Split:
     def labels(self) -> np.ndarray:
         return self.store.labels[self.places]
 
+    def labelled(self) -> Split:
+        """Those of the images whose label is known."""
+        known = self.labels >= 0
+        return self if known.all() else replace(self, places=self.places[known])
+
     @property
     def num_bytes(self) -> int:
         """What all the columns take in memory."""
@@ -200,16 +205,31 @@ def load_data(config, download: bool = True, size: tuple[int, int] | None = None
         places, val = places[rest], Split(train, places[carved])
         if len(val) == 0:
             raise UserError(f"data.val_fraction {config.val_fraction} of {count} leaves no image to validate on")
-    if config.num_train is not None:
-        if not len(classes) <= config.num_train <= len(places):
-            raise UserError(
-                f"data.num_train {config.num_train} must be from {len(classes)} (one image per class) to {len(places)} "
-                f"(the training images of {config.source} without validation)"
-            )
-        places = np.sort(places[balanced_order(train.labels[places], seed)[: config.num_train]])
     if len(places) == 0 or len(test) == 0:
         raise UserError(f"data.source {config.source!r} has too few images ({count}) to make train and test splits")
-    return Data(classes, Split(train, places), val, test, Views.of(config), config.batch_size)
+    train = _chosen(config, train, places, len(classes))
+    return Data(classes, train, val, test, Views.of(config), config.batch_size)
+
+
+def _chosen(config, store: Store, places: np.ndarray, num_classes: int) -> Split:
+    """The training images of data.num_train, with the labels of data.num_labels: the same images for equal numbers."""
+    if config.num_train is None and config.num_labels is None:
+        return Split(store, places)
+    order, most, whose = places[balanced_order(store.labels[places], config.split_seed)], len(places), config.source
+    for name in ("num_train", "num_labels"):
+        if (number := getattr(config, name)) is None:
+            continue
+        if not num_classes <= number <= most:
+            raise UserError(
+                f"data.{name} {number} must be from {num_classes} (one image per class) to {most} (the training images "
+                f"of {whose} without validation)"
+            )
+        most, whose = number, f"data.num_train {number}"
+    if config.num_labels is not None:
+        labels, known = np.full(len(store), -1), order[: config.num_labels]
+        labels[known] = store.labels[known]
+        store = replace(store, labels=labels)
+    return Split(store, np.sort(order[: config.num_train]))
 
 
 def _check(config, classes: list[str], stores: dict[str, Store]) -> None:

@@ -84,7 +84,7 @@ class Evaluator:
                 f"({other[self.config.split]}); put {resolved['data']['source']} back as it was, or give images that "
                 f"the run has not seen by --source"
             )
-        return classifier, summary, resolved, key, data, split
+        return classifier, summary, resolved, key, data, split.labelled()
 
     def measure(self, run: str) -> Measured:
         """All numbers of one run; raises what `open` does."""
@@ -159,7 +159,7 @@ class Evaluator:
         """A run's data; other images are brought to the size (H, W) of its training images, as `predict` does."""
         ours = {"cache_dir": self.config.cache_dir, "download_dir": self.config.download_dir}
         if self.config.source:  # the run's subset and validation are not those of other images
-            ours |= {"source": self.config.source, "num_train": None}
+            ours |= {"source": self.config.source, "num_train": None, "num_labels": None}
             if self.config.split == "test":
                 ours["val_fraction"] = 0.0
         config, size = recorded_data(settings, run, **ours), size if self.config.source else None

@@ -52,6 +52,9 @@ class DataConfig:
     """images per step, over all processes together"""
     num_train: PositiveInt | None = None
     """train on a class-balanced subset of this many images"""
+    num_labels: PositiveInt | None = None
+    """read the labels of a class-balanced subset of this many training images only: the others are shown without one,
+    and losses that read labels leave them out"""
     val_fraction: BelowOne = 0.1
     """share of train set aside for validation, unless the source has a validation split; 0 for none"""
     test_fraction: OpenUnitInterval = 0.2
@@ -129,6 +132,11 @@ class DataConfig:
         _require(some or not count, f"data.views_per_image {count}: no view is random; set data.flip or another, or 0")
         both = self.pad_crop and self.random_resized_crop
         _require(not both, "data.pad_crop and data.random_resized_crop both crop; set one of them to 0")
+        _require(
+            not (self.num_labels and (self.mixup or self.cutmix)),
+            f"data.num_labels {self.num_labels} leaves images without a label, which data.mixup and data.cutmix would "
+            "blend with others'; leave out the one or the others",
+        )
         jitter = self.color_jitter
         _require(
             len(jitter) in (0, 4) and max([0, *jitter[3:]]) <= 0.5,
@@ -260,6 +268,12 @@ class TrainConfig:
             not (mixing and hard),
             f"{mixing} gives images labels of two classes, and {hard} needs one class per image; set it to 0, or leave "
             "out the loss",
+        )
+        related = ", ".join(loss.name for loss in self.losses if loss.sees_batch and loss.hard_labels)
+        _require(
+            not (self.data.num_labels and related),
+            f"data.num_labels {self.data.num_labels} leaves images without a label, and {related} relates all of a "
+            "batch by theirs; leave out the one or the other",
         )
         _require(self.output_dir != "", "output_dir is empty; name a folder")
         _require(not (self.init_from and self.weights), "give init_from or weights, not both")

@@ -68,14 +68,14 @@ def seen_by(teacher: str, config, data: Data) -> str:
     differing = [name for name in SPLITTING if getattr(theirs, name) != getattr(config, name)]
     if not differing or _place(theirs.source) != _place(config.source):
         return ""
-    fields = {name: getattr(theirs, name) for name in (*SPLITTING, "num_train")}
+    fields = {name: getattr(theirs, name) for name in (*SPLITTING, "num_train")} | {"num_labels": None}
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # notes on the data have been printed
             train = load_data(dataclasses.replace(config, **fields)).train
     except UserError:  # it has become too small for that
         return ""
-    parts = {"validation": data.val, "test": data.test}
-    shared = {name: part for name, part in parts.items() if part is not None and part.store is data.train.store}
+    parts, images = {"validation": data.val, "test": data.test}, data.train.store.images
+    shared = {name: part for name, part in parts.items() if part is not None and part.store.images is images}
     counts = {name: (len(np.intersect1d(train.places, part.places)), len(part)) for name, part in shared.items()}
     seen = [f"{seen:,} of the {total:,} {name} images" for name, (seen, total) in counts.items() if seen]
     if not seen:

@@ -282,7 +282,8 @@ def check_images(classifier: Classifier, data: Data, name: str) -> None:
 def announce(distiller: Distiller, data: Data, config, accelerator: Accelerator) -> None:
     """Print in a few lines what will be trained on what."""
     val = f"{len(data.val)} validation" if data.val else "no validation"
-    counts = f"{len(data.train)} train, {val}, {len(data.test)} test images, {len(data.classes)} classes"
+    labelled = "" if config.data.num_labels is None else f" ({config.data.num_labels} with their label)"
+    counts = f"{len(data.train)} train{labelled}, {val}, {len(data.test)} test images, {len(data.classes)} classes"
     say(f"data: {config.data.source}: {counts}")
     if not data.views.plain:
         say(f"views: {data.views.words()}")

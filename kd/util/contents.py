@@ -23,7 +23,8 @@ _ARGUMENTS = {
     "teacher_taps?": [str],
 }
 _CONFIG = {
-    "data": {"source": str, "num_train?": _OPTIONAL_INT},  # the rest is checked by `kd.run.recorded`
+    # the rest of data is checked by `kd.run.recorded`
+    "data": {"source": str, **dict.fromkeys(("num_train?", "num_labels?"), _OPTIONAL_INT)},
     "losses?": [{"class_path": str, "init_args?": (_ARGUMENTS, None)}],
     "epochs?": int,  # it and losses are absent where nothing was trained, see `kd.tools.adopt`
     "output_dir": str,

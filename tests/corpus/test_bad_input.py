@@ -133,6 +133,16 @@ WRONG = [
         id="num_train too large",
     ),
     pytest.param(
+        ("--data.num_labels", 21),
+        ["data.num_labels 21 must", "10 (one image per class) to 20"],
+        id="more labels than images",
+    ),
+    pytest.param(
+        ("--data.num_labels", 10, "--data.mixup", 0.2),
+        ["data.num_labels 10", "without a label", "data.mixup"],
+        id="unlabelled images mixed",
+    ),
+    pytest.param(
         ("--data.resize", "null"), ["mnist_student takes images of 28x28 and gets 8x8", "--data.resize 28"], id="size"
     ),
     pytest.param(("--data.crop", 20), ["mnist_student takes images of 28x28 and gets 20x20"], id="size after the crop"),
@@ -165,6 +175,17 @@ def test_wrong_argument(refused, arguments, words):
         (("--teacher", "tests"), ["'tests'", "no run folder"]),
         (("--teacher", "resnet18"), ["'resnet18'", "does not know 0, 1, 2", "train_teacher.py"]),
         (("--teacher_mean", "median"), ["teacher_mean", "'median'", "probabilities"]),
+        (
+            (
+                "--teacher",
+                "x",
+                "--data.num_labels",
+                10,
+                "--losses",
+                losses(("CRD", {"student_tap": "a", "teacher_tap": "b"})),
+            ),
+            ["data.num_labels 10", "CRD relates all"],
+        ),
     ],
 )
 def test_wrong_argument_of_distill(refused, arguments, words):

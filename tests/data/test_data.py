@@ -519,6 +519,21 @@ def test_a_smaller_num_train_is_a_part_of_a_larger_one():
     assert set(digits(num_train=50).train.places) < set(digits(num_train=120).train.places)
 
 
+def test_num_labels_are_those_of_as_large_a_part_and_leaves_the_other_splits_alone():
+    whole, few, both = digits(), digits(num_labels=50), digits(num_train=120, num_labels=50)
+    for data in (few, both):
+        known = data.train.labelled()
+        assert np.array_equal(known.places, digits(num_train=50).train.places)
+        assert np.array_equal(known.labels, whole.train.store.labels[known.places])
+        assert (data.train.labels < 0).sum() == len(data.train) - 50
+        read = data.train.read(np.arange(len(data.train)), CPU)[1]
+        assert np.array_equal(read, data.train.labels)
+        for name in ("val", "test"):
+            assert np.array_equal(getattr(data, name).labels, getattr(whole, name).labels)
+    assert np.array_equal(few.train.places, whole.train.places)
+    assert np.array_equal(both.train.places, digits(num_train=120).train.places)
+
+
 @pytest.mark.parametrize("count", [9, 0x7FFFFFFF])
 def test_num_train_out_of_range_states_the_range(count):
     with pytest.raises(UserError, match=rf"num_train {count} must be from 10 .* to 1295"):

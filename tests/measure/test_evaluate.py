@@ -34,6 +34,19 @@ def student_run(call, teacher_run, tmp_path):
     return tmp_path / "student"
 
 
+def test_on_train_only_the_images_whose_label_was_read_count(call, teacher_run, tmp_path):
+    few = ("--config", "recipes/digits/few_labels.yaml", "--data.num_labels", 20, "--max_steps", 2)
+    assert call("distill", *few, "--teacher", teacher_run, "--output_dir", tmp_path / "few").status == 0
+    result = call("evaluate", tmp_path / "few", "--split", "train", "--latency", "false", "--json", tmp_path / "r.json")
+    assert result.status == 0, result.err
+    (row,) = json.loads((tmp_path / "r.json").read_text())["runs"]
+    network, known = kd.load(tmp_path / "few"), load_data(DataConfig(num_train=20)).train
+    with torch.no_grad():
+        logits = network(torch.from_numpy(known.store.images[known.places]))
+    assert sum(part["count"] for part in row["reliability"]) == 20
+    assert row["top1"] == pytest.approx(metrics.accuracy(logits, torch.from_numpy(known.labels)))
+
+
 def test_numbers_are_those_of_the_network_on_the_test_split(call, teacher_run, student_run, tmp_path):
     result = call("evaluate", teacher_run, student_run, "--json", tmp_path / "r.json", "--report", tmp_path / "report")
     assert result.status == 0, result.err
