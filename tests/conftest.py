@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import sys
+from collections import Counter
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -47,6 +48,17 @@ def _clean_process(monkeypatch):
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test with parameters the first tier has as many as its `first_tier(COUNT)` says; the others are slow."""
+    seen = Counter()
+    for item in items:
+        mark = item.get_closest_marker("first_tier")
+        seen[item.nodeid.partition("[")[0]] += 1
+        if mark and seen[item.nodeid.partition("[")[0]] > mark.args[0]:
+            item.add_marker(pytest.mark.slow)
 
 
 class Result:

@@ -185,6 +185,7 @@ def test_help_names_every_field_and_loss(capsys):
     assert "KL" in text
 
 
+@pytest.mark.first_tier(2)
 @pytest.mark.parametrize(
     "recipe", sorted((ROOT / "recipes").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
 )

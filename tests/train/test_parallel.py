@@ -48,7 +48,8 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.first_tier(1)
+@pytest.mark.parametrize("count", [2, 3])
 def test_several_processes_give_the_losses_of_one(alone, tmp_path, count):
     assert children.run_several("train_teacher", (*ARGUMENTS, "--output_dir", tmp_path / "run"), count) == [0] * count
     close(rows(alone), rows(tmp_path / "run"), 1e-4)
@@ -58,7 +59,8 @@ def test_several_processes_give_the_losses_of_one(alone, tmp_path, count):
     assert several["test_nll"] == pytest.approx(one["test_nll"], rel=1e-4)
 
 
-@pytest.mark.parametrize("accumulate", [5, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.first_tier(1)
+@pytest.mark.parametrize("accumulate", [5, 2])
 def test_accumulation_gives_the_same_losses(alone, tmp_path, call, accumulate):
     command = (*ARGUMENTS, "--output_dir", tmp_path / "run", "--accumulate", accumulate)
     assert call("train_teacher", *command).status == 0

@@ -32,11 +32,6 @@ ARGUMENTS = (
 TIMES = ("images_per_second", "epoch/images_per_second", "peak_memory_mb")
 
 
-def slow(*values) -> list:
-    """Parameters of the second tier."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
-
-
 def rows(folder: Path) -> list[dict]:
     """metrics.jsonl without what was measured of the machine."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -62,24 +57,20 @@ def uninterrupted(tmp_path_factory) -> Path:
     return folder
 
 
+ADD, WRITE, RESULT = "kd.train.meter.Meter.add", "kd.train.checkpoint.write_synced", "kd.run.folder.write_atomic"
+
+
+@pytest.mark.first_tier(1)
 @pytest.mark.parametrize(
     "moments",
     [
-        [
-            ("kd.train.meter.Meter.add", 4),
-            ("kd.train.meter.Meter.add", 3),
-            ("kd.train.meter.Meter.add", 6),
-        ],  # three times
-        # before the first checkpoint; inside a checkpoint's files; twice there; the checkpoint is whole but not
-        # renamed; while an old one is deleted; between the results' files
-        *slow(
-            [("kd.train.meter.Meter.add", 1)],
-            [("kd.train.checkpoint.write_synced", 2)],
-            [("kd.train.checkpoint.write_synced", 2), ("kd.train.checkpoint.write_synced", 5)],
-            [("kd.util.files.os.rename", 3)],
-            [("kd.train.checkpoint.delete", 1)],
-            [("kd.run.folder.write_atomic", 3), ("kd.run.folder.write_atomic", 2)],
-        ),
+        [(ADD, 4), (ADD, 3), (ADD, 6)],  # three times
+        [(ADD, 1)],  # before the first checkpoint
+        [(WRITE, 2)],  # inside a checkpoint's files
+        [(WRITE, 2), (WRITE, 5)],  # twice there
+        [("kd.util.files.os.rename", 3)],  # the checkpoint is whole but not renamed
+        [("kd.train.checkpoint.delete", 1)],  # while an old one is deleted
+        [(RESULT, 3), (RESULT, 2)],  # between the results' files
     ],
     ids=lambda moments: "+".join(f"{name.rpartition('.')[2]}{n}" for name, n in moments),
 )
@@ -99,7 +90,8 @@ def test_what_a_kill_left_half_written_is_deleted_though_its_step_is_not_saved_a
     assert list(tmp_path.iterdir()) == [saved]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", *slow("SIGINT", "SIGUSR1")])
+@pytest.mark.first_tier(1)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_stopped_by_a_signal_saves_where_it_is(uninterrupted, tmp_path, name):
     command = (*ARGUMENTS, "--output_dir", tmp_path / "run", "--checkpoint_every", 1000)
     status = children.run("train_teacher", command, sabotage=(f"kd.train.meter.Meter.add:{name}", 7))

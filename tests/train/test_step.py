@@ -12,6 +12,8 @@ import torch
 from kd.train.meter import Meter
 from kd.util.errors import UserError
 
+pytestmark = pytest.mark.first_tier(1)
+
 READS = ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__")
 ALONE = SimpleNamespace(reduce=lambda value, _how: value, gather=lambda value: value)
 
