@@ -141,6 +141,7 @@ def test_classes_are_matched_by_name(call, teacher_run, tmp_path):
     assert "different classes (9, ...)" in result.err
 
 
+@pytest.mark.slow
 def test_seeds_are_compared_with_the_student_alone(call, teacher_run, runs, tmp_path):
     result = call("evaluate", teacher_run, *runs, "--latency", "false", "--format", "json")
     assert result.status == 0, result.err

@@ -225,6 +225,7 @@ def test_the_help_names_every_network_of_this_project(capsys):
         assert {*CIFAR_NETS, *CIFAR10_RESNETS, *SMALL_NETS} <= words
 
 
+@pytest.mark.slow
 def test_deeper_cnn_is_not_cheaper_than_resnet18():
     costs = {}
     for name in ("deeper_cnn", "resnet18"):

@@ -112,6 +112,7 @@ def test_an_interrupted_run_resumes_exactly(call, teacher, tmp_path, monkeypatch
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_body_starts_with_the_students_own_weights(teacher, tmp_path):
     classifier = load_classifier(teacher)
     torch.save(build_network("resnet8", 10).state_dict(), tmp_path / "w.pth")

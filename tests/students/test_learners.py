@@ -21,7 +21,7 @@ from kd.train.distiller import Distiller
 from kd.train.meter import Meter
 
 FEW = ("--data.num_train", 100, "--data.batch_size", 24, "--epochs", 2, "--checkpoint_every", 2, "--log_every", 1)
-FEW = (*FEW, "--data.flip", "true", "--report_to", "none", "--optimizer.name", "sgd", "--optimizer.lr", 0.05)
+FEW = (*FEW, "--data.flip", "true", "--report_to", "none", "--optimizer.name", "sgd", "--optimizer.lr", 0.01)
 
 
 def term(loss: str, student: str = "student", teacher: str = "teacher", **arguments) -> dict:
@@ -78,14 +78,8 @@ def command(teacher):
         arguments, student, losses, _ = CASES[name]
         learner = {"class_path": name, "init_args": arguments}
         given = ("--teacher", teacher) if name == "ReusedHead" else ()
-        return (
-            *FEW,
-            *student,
-            *given,
-            f"--learner={json.dumps(learner)}",
-            f"--losses={json.dumps(losses)}",
-            "--output_dir",
-        )
+        terms = (f"--learner={json.dumps(learner)}", f"--losses={json.dumps(losses)}", "--output_dir")
+        return (*FEW, *student, *given, *terms)
 
     return of
 

@@ -66,7 +66,7 @@ def states(tmp_path) -> list[str]:
     return [trial.state.name for trial in journal(tmp_path)]
 
 
-@pytest.mark.first_tier(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda path: path.stem)
 def test_the_files_of_sweeps_give_each_trial_what_wandbs_agent_would(file):
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args

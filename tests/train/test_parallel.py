@@ -18,17 +18,7 @@ from kd.util.errors import run_script
 
 # SGD: Adam divides by the size of tiny gradients and so magnifies rounding. 200 digits in batches of 48: the epoch's
 # last batch has 8 images. light_nn has dropout, whose masks do not depend on the number of processes either.
-ARGUMENTS = (
-    *UNEVEN,
-    "--optimizer.name",
-    "sgd",
-    "--optimizer.lr",
-    0.05,
-    "--checkpoint_every",
-    4,
-    "--report_to",
-    "none",
-)
+ARGUMENTS = (*UNEVEN, "--optimizer.name", "sgd", "--optimizer.lr", 0.05, "--checkpoint_every", 4, "--report_to", "none")
 
 
 def close(one: list[dict], other: list[dict], tolerance: float) -> None:
@@ -107,17 +97,8 @@ def test_the_learning_rate_does_not_depend_on_the_number_of_processes_or_micro_b
 @pytest.mark.slow
 def test_local_batch_norm_is_measured_as_it_is_saved(tmp_path, call):
     """Each process has running statistics of its own images; those of the first are saved, so all measure with them."""
-    command = (
-        *ARGUMENTS,
-        "--model",
-        "resnet8",
-        "--select",
-        "best",
-        "--accumulate",
-        2,
-        "--output_dir",
-        tmp_path / "run",
-    )
+    command = (*ARGUMENTS, "--model", "resnet8", "--select", "best", "--accumulate", 2)
+    command = (*command, "--output_dir", tmp_path / "run")
     assert children.run_several("train_teacher", command, 2) == [0, 0]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     for split in ("test", "val"):
@@ -215,23 +196,8 @@ def test_a_run_of_four_processes_resumes_exactly(tmp_path):
 
 @pytest.mark.slow
 def test_distillation_and_evaluation_on_two_processes(teacher_run, tmp_path):
-    command = (
-        "--config",
-        "recipes/digits/kd.yaml",
-        "--data.num_train",
-        200,
-        "--epochs",
-        2,
-        "--log_every",
-        1,
-        "--optimizer.name",
-        "sgd",
-        "--teacher",
-        teacher_run,
-        "--report_to",
-        "none",
-        "--output_dir",
-    )
+    command = ("--config", "recipes/digits/kd.yaml", "--data.num_train", 200, "--epochs", 2, "--log_every", 1)
+    command = (*command, "--optimizer.name", "sgd", "--teacher", teacher_run, "--report_to", "none", "--output_dir")
     assert children.run("distill", (*command, tmp_path / "one")) == 0
     assert children.run_several("distill", (*command, tmp_path / "two"), 2) == [0, 0]
     close(rows(tmp_path / "one"), rows(tmp_path / "two"), 1e-4)

@@ -16,19 +16,8 @@ from conftest import ROOT, UNEVEN
 from kd.train.checkpoint import Progress, checkpoints, load_newest, save_checkpoint
 
 # 200 digits in batches of 48: 5 steps an epoch, the last one uneven; dropout, flips and crops are all drawn.
-ARGUMENTS = (
-    *UNEVEN,
-    "--data.pad_crop",
-    1,
-    "--epochs",
-    3,
-    "--checkpoint_every",
-    2,
-    "--log_every",
-    3,
-    "--report_to",
-    "none",
-)
+ARGUMENTS = (*UNEVEN, "--data.pad_crop", 1, "--epochs", 3, "--checkpoint_every", 2, "--log_every", 3)
+ARGUMENTS = (*ARGUMENTS, "--report_to", "none")
 TIMES = ("images_per_second", "epoch/images_per_second", "peak_memory_mb")
 
 
@@ -90,7 +79,7 @@ def test_what_a_kill_left_half_written_is_deleted_though_its_step_is_not_saved_a
     assert list(tmp_path.iterdir()) == [saved]
 
 
-@pytest.mark.first_tier(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_stopped_by_a_signal_saves_where_it_is(uninterrupted, tmp_path, name):
     command = (*ARGUMENTS, "--output_dir", tmp_path / "run", "--checkpoint_every", 1000)
@@ -130,23 +119,8 @@ def test_a_signal_that_is_sent_again_and_again_changes_nothing(tmp_path, after):
 
 @pytest.mark.slow
 def test_distillation_is_resumed_too(teacher_run, tmp_path):
-    command = (
-        "--config",
-        "recipes/digits/kd.yaml",
-        "--data.num_train",
-        200,
-        "--epochs",
-        2,
-        "--checkpoint_every",
-        1,
-        "--select",
-        "best",
-        "--teacher",
-        teacher_run,
-        "--report_to",
-        "none",
-        "--output_dir",
-    )
+    command = ("--config", "recipes/digits/kd.yaml", "--data.num_train", 200, "--epochs", 2, "--checkpoint_every", 1)
+    command = (*command, "--select", "best", "--teacher", teacher_run, "--report_to", "none", "--output_dir")
     assert children.run("distill", (*command, tmp_path / "whole")) == 0
     assert children.run("distill", (*command, tmp_path / "cut"), sabotage=("kd.train.meter.Meter.add", 6)) == -9
     assert children.run("distill", (*command, tmp_path / "cut")) == 0

@@ -61,17 +61,9 @@ def test_nothing_is_read_between_two_lines_of_the_record(
 
     monkeypatch.setattr(Meter, "add", added)
     monkeypatch.setattr(Meter, "flush", flushed)
-    command = [
-        "--config",
-        "recipes/digits/kd.yaml",
-        "--student",
-        "light_nn",
-        "--data.resize",
-        32,
-        "--data.flip",
-        "true",
-    ]
-    command += ["--data.num_train", 192, "--data.batch_size", 48, "--epochs", 2, "--log_every", 100]
+    command = ["--config", "recipes/digits/kd.yaml", "--student", "light_nn", "--data.resize", 32]
+    command += ["--data.flip", "true", "--data.num_train", 192, "--data.batch_size", 48]
+    command += ["--epochs", 2, "--log_every", 100]
     result = call("distill", *command, *more, "--teacher", teacher_run, "--output_dir", tmp_path / "run")
     assert result.status == 0, result.err
     assert reads.calls.pop("steps") >= 8
