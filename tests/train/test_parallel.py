@@ -235,5 +235,5 @@ def test_a_process_that_meets_no_other_ends_in_one_line(monkeypatch, capsys, ran
 def test_a_failure_on_one_process_is_said_and_ends_both(tmp_path, image_folder):
     (image_folder / "train/red/03.png").write_bytes(b"no image")
     command = ("--model", "light_nn", "--data.source", image_folder, "--output_dir", tmp_path / "run")
-    statuses = children.finish(*children.start_several("train_teacher", command, 2), timeout=60)
+    statuses = children.run_several("train_teacher", command, 2)
     assert all(status != 0 for status in statuses)
