@@ -52,8 +52,11 @@ PEERS ?= $(BIN)/python
 benchmark: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py --cifar10 $(DATA) --stl10 $(PHOTOS) --teacher $(TEACHER) --peers_python $(PEERS)
 
+# A process per core, at most eight: each of them holds a gigabyte and imports torch.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(CORES) --maxprocesses 8 --dist worksteal
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slurm"
+	$(PYTEST) -m "not slurm"
 
 # Where SLURM is not installed or this is not root, the tests are skipped and say what is missing.
 test-slurm: $(VENV)/.installed
@@ -66,7 +69,7 @@ soak: $(VENV)/.installed
 		tests/faults/test_faults.py --soak $(KILLS)
 
 quick: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # Whether two runs end with the bytes that they had at BASE, a commit: what must hold for a change that only rearranges.
 BASE ?= HEAD

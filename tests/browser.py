@@ -62,7 +62,7 @@ class Browser:
 
     def _next(self) -> dict:
         """The next message; events are noted."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while b"\0" not in self._buffer:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self._read], [], [], left)[0]:

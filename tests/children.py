@@ -6,6 +6,7 @@ first test, so that it imports while others run.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -82,6 +83,7 @@ def start_several(
 
 
 def _run(script, arguments, environment, sabotage, output) -> None:
+    gc.freeze()  # what the server has imported: a look through it would copy its memory into this process
     os.environ.update(environment)
     multiprocessing.current_process()._config["daemon"] = False  # so that it may start workers
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what is in its background ignore Ctrl-C

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
 import sys
+from collections import Counter
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -47,6 +49,23 @@ def _clean_process(monkeypatch):
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What a test's `first_tier(CASES, every=N)` leaves out of the first tier is slow."""
+    cases, tests = Counter(), {}
+    for item in items:
+        if mark := item.get_closest_marker("first_tier"):
+            test, order = item.nodeid.partition("[")[0], tests.setdefault(item.path, {})
+            cases[test] += 1
+            place = order.setdefault(test, len(order))
+            if cases[test] > mark.args[0] or place % mark.kwargs.get("every", 1):
+                item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported lives to the end; the collector looking through it took a tenth of the time
 
 
 class Result:
@@ -101,12 +120,9 @@ def teacher_run(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("teacher") / "run"
     arguments = ["--config", "recipes/digits/teacher.yaml", "--data.num_train", "200", "--epochs", "8"]
-    here = os.getcwd()
-    os.chdir(ROOT)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
         assert train_teacher.main([*arguments, "--output_dir", str(folder), "--report_to", "none"]) == 0
-    finally:
-        os.chdir(here)
     return folder
 
 
@@ -119,16 +135,13 @@ def runs(teacher_run, tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     few = ["--data.num_train", "200", "--epochs", "2", "--report_to", "none"]
     taps = "{class_path: CosineEmbedding, init_args: {student_tap: features.3, teacher_tap: features.3}}"
-    here = os.getcwd()
-    os.chdir(ROOT)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
         for seed in ("0", "1"):
             alone = ["--config", "recipes/digits/student.yaml", *few, "--seed", seed]
             assert train_teacher.main([*alone, "--output_dir", str(folder / f"alone{seed}")]) == 0
             kd = ["--config", "recipes/digits/kd.yaml", *few, "--seed", seed, "--teacher", str(teacher_run)]
             assert distill.main([*kd, "--losses+", taps, "--output_dir", str(folder / f"kd{seed}")]) == 0
-    finally:
-        os.chdir(here)
     return [folder / name for name in ("alone0", "alone1", "kd0", "kd1")]
 
 

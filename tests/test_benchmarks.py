@@ -220,10 +220,11 @@ def test_the_tutorial_of_the_gpu_part_runs_its_recipes(digits, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_teacher_of_the_gpu_part_has_its_students(digits):
+def test_the_teacher_of_the_gpu_part_has_its_students(digits, tmp_path):
     import gpu
 
-    found = gpu.teacher95(digits[0], 1, 0, ["--max_steps", "1", "--data.batch_size", "8"])
+    few = common.subset(digits[0], tmp_path / "few", 40, 2)
+    found = gpu.teacher95(few, 1, 0, ["--max_steps", "1", "--data.batch_size", "8"])
     assert list(found) == ["teacher", "student", "second_student"]
 
 

@@ -15,6 +15,8 @@ from kd.losses import LOSSES
 from kd.run.config import DistillConfig, TeacherConfig
 from kd.run.parse import parse
 
+pytestmark = pytest.mark.first_tier(1)
+
 
 def load(path):
     """A script outside the packages, as a module."""

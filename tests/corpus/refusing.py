@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -31,22 +32,19 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """A folder with two finished runs, `student` and `teacher`; tests work on copies."""
+    return _trained(tmp_path_factory.getbasetemp() / "corpus")
+
+
+@functools.cache
+def _trained(folder: Path) -> Path:
+    """Once for all files: each that imports the fixture has one of its own."""
     import train_teacher
 
-    folder, here = tmp_path_factory.mktemp("runs"), Path.cwd()
-    os.chdir(ROOT)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
         for name in ("student", "teacher"):
-            arguments = [
-                "--config",
-                f"recipes/digits/{name}.yaml",
-                *map(str, QUICK),
-                "--output_dir",
-                str(folder / name),
-            ]
-            assert train_teacher.main(arguments) == 0
-    finally:
-        os.chdir(here)
+            arguments = ("--config", f"recipes/digits/{name}.yaml", *QUICK, "--output_dir", folder / name)
+            assert train_teacher.main([str(argument) for argument in arguments]) == 0
     return folder
 
 

@@ -23,6 +23,8 @@ from refusing import (  # noqa: F401 (fixtures)
     train,
 )
 
+pytestmark = pytest.mark.first_tier(1, every=3)
+
 COLOURS = {"red": (200, 60, 60), "green": (60, 200, 60), "blue": (60, 60, 200)}
 
 
@@ -66,6 +68,7 @@ def brighten(file) -> None:
 # evaluate.py
 
 
+@pytest.mark.slow
 def test_a_split_that_is_carved_from_changed_images_is_not_measured_on(train, call, out, pictures, on_pictures):
     """It would hold images that the run was trained on."""
     assert train(*on_pictures).status == 0
@@ -76,6 +79,7 @@ def test_a_split_that_is_carved_from_changed_images_is_not_measured_on(train, ca
     assert evaluate(call, out, "--source", pictures).status == 0
 
 
+@pytest.mark.slow
 def test_labels_that_have_changed_are_not_measured_with(train, call, out, pictures, on_pictures):
     assert train(*on_pictures).status == 0
     swap(pictures)
@@ -98,6 +102,7 @@ def test_other_pixels_and_another_training_split_are_said(train, call, out, imag
     assert "the train split differs from that of training (36 images in training, 37 now)" in result.err
 
 
+@pytest.mark.slow
 def test_no_temperature_is_fitted_on_images_of_training(train, call, out, image_folder, tmp_path):
     arguments = ("--data.source", image_folder, "--data.num_train", "null", "--data.crop", 28)
     assert train(*arguments, "--data.val_fraction", 0.5).status == 0
@@ -110,6 +115,7 @@ def test_no_temperature_is_fitted_on_images_of_training(train, call, out, image_
     assert any("the val split differs" in note for note in row["notes"])
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_is_measured_with_a_note(call, teacher):
     (teacher / "inputs.json").unlink()
     summary = json.loads((teacher / "summary.json").read_text())
@@ -120,6 +126,7 @@ def test_a_run_of_an_earlier_version_is_measured_with_a_note(call, teacher):
     assert "does not say on which data" in result.err
 
 
+@pytest.mark.slow
 def test_a_teacher_that_was_replaced_is_not_compared_with(train, call, runs, teacher, out, tmp_path):
     assert train("--teacher", teacher, script="distill").status == 0
     assert "cannot be compared" not in evaluate(call, out).err

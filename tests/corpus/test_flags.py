@@ -16,6 +16,8 @@ from kd.run.objective import explain_loss
 from kd.run.parse import parse
 from kd.util.errors import UserError
 
+pytestmark = pytest.mark.first_tier(1)
+
 FLAGS = [
     (("--seed", 2**70), "seed 1180591620717411303424 must be at least 0 and below 9223372036854775808"),
     (("--seed", "9" * 5000), "seed: Exceeds the limit (4300 digits)"),

@@ -15,6 +15,8 @@ from refusing import _one_thread, contents, during, finished, out, runs, stopped
 import kd
 from kd.util.errors import UserError
 
+pytestmark = pytest.mark.first_tier(1, every=3)
+
 ODD = (5, {"a": 5}, None)
 # (file, the field in it, the odd values that it may have)
 FIELDS = [

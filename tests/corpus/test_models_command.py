@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import assert_one_line
 
+pytestmark = pytest.mark.first_tier(1)
+
 MODULE = "kd.models.__main__"
 
 

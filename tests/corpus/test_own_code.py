@@ -12,6 +12,8 @@ from refusing import _one_thread, losses, out, refused, runs, teacher, train  # 
 
 from kd.models import load_classifier, state_hash
 
+pytestmark = pytest.mark.first_tier(1, every=3)
+
 NETS = """
 import torch
 from torch import nn
@@ -270,6 +272,7 @@ def test_network(refused, arguments, words):
     refused(arguments, words)
 
 
+@pytest.mark.slow
 def test_tied_weights_are_kept(train, out):
     result = train("--model", "own_nets.Tied", "--checkpoint_every", 1, "--max_steps", 3)
     assert result.status == 0, result.err

@@ -19,6 +19,8 @@ from kd.tools.export.images import RunImages
 from kd.track import _identity
 from kd.util.errors import UserError
 
+pytestmark = pytest.mark.first_tier(1, every=3)
+
 
 def rewrite(run: Path, **fields) -> None:
     """Change fields of a run's config.json."""
@@ -128,6 +130,7 @@ def test_what_a_trusted_module_has_from_elsewhere_is_not_its_own(teacher, evil, 
         kd.load(teacher, trust=True)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_a_stranger_s_run_names(runs, teacher, evil, call, tmp_path):
     rewrite(teacher, model="evil.hubconf.net")
     student = Path(shutil.copytree(runs / "student", tmp_path / "student"))
@@ -143,6 +146,7 @@ def test_a_teacher_that_a_stranger_s_run_names(runs, teacher, evil, call, tmp_pa
     assert not (evil / "ran").exists()
 
 
+@pytest.mark.slow
 def test_ones_own_network_is_resumed_and_vouched_for_once_more_elsewhere(train, out, evil, call):
     command = ("--model", "evil.hubconf.net", "--log_every", 1)
     assert train(*command).status == 0
@@ -297,6 +301,7 @@ def test_class_names_in_a_terminal(teacher, call, form):
     assert form == "csv" or SHOWN + r"\n" in result.out
 
 
+@pytest.mark.slow
 def test_errors_and_lines_in_a_terminal(teacher, rewrite_data, call):
     rewrite(teacher, classes=[RED, *map(str, range(9))])
     result = call("evaluate", teacher)
@@ -308,6 +313,7 @@ def test_errors_and_lines_in_a_terminal(teacher, rewrite_data, call):
     assert_nothing_acts(result.out, result.err)
 
 
+@pytest.mark.slow
 def test_a_table_in_a_terminal(call, train, tmp_path, out):
     for i, name in enumerate(("\x1b[31mred\x07\x9b2J\u202e", "blue")):
         for place in range(24):

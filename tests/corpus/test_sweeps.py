@@ -8,6 +8,8 @@ from conftest import ROOT, assert_one_line
 
 pytest.importorskip("optuna", reason="optuna is not installed")
 
+pytestmark = pytest.mark.first_tier(1)
+
 GOOD = {
     "program": "distill.py",
     "method": "random",

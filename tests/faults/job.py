@@ -68,7 +68,7 @@ class Job:
     def said(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
 
-    def wait_for(self, words: str, alive: Callable[[], bool], seconds: float = 120) -> None:
+    def wait_for(self, words: str, alive: Callable[[], bool], seconds: float = 300) -> None:
         """Wait until these words are printed; they must be before the run ends."""
         end = time.monotonic() + seconds
         while words not in self.said:

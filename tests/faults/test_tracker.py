@@ -102,7 +102,7 @@ class Vanishes(Online):
 
     def wait(self, *_) -> None:
         self.rows += 1
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while self.rows == 4:
             try:
                 socket.create_connection(("127.0.0.1", int(self.url.rpartition(":")[2]))).close()

@@ -47,6 +47,7 @@ def test_on_train_only_the_images_whose_label_was_read_count(call, teacher_run, 
     assert row["top1"] == pytest.approx(metrics.accuracy(logits, torch.from_numpy(known.labels)))
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_network_on_the_test_split(call, teacher_run, student_run, tmp_path):
     result = call("evaluate", teacher_run, student_run, "--json", tmp_path / "r.json", "--report", tmp_path / "report")
     assert result.status == 0, result.err
@@ -118,6 +119,7 @@ def test_numbers_are_those_of_the_network_on_the_test_split(call, teacher_run, s
     assert all(f'<section id="{key}"' in page for key in ("cost", "curves", "reliability", "confusion", "differences"))
 
 
+@pytest.mark.slow
 def test_a_student_whose_teacher_is_gone_is_measured_without_it(call, student_run, tmp_path):
     config = student_run / "config.yaml"
     config.write_text(config.read_text().replace("teacher: ", "teacher: gone/"))
@@ -152,6 +154,7 @@ def test_classes_are_matched_by_name(call, teacher_run, tmp_path):
     assert "different classes (9, ...)" in result.err
 
 
+@pytest.mark.slow
 def test_seeds_are_compared_with_the_student_alone(call, teacher_run, runs, tmp_path):
     result = call("evaluate", teacher_run, *runs, "--latency", "false", "--format", "json")
     assert result.status == 0, result.err
@@ -169,6 +172,7 @@ def test_seeds_are_compared_with_the_student_alone(call, teacher_run, runs, tmp_
     assert len({row["images"] for row in rows.values()}) == 1
 
 
+@pytest.mark.slow
 def test_what_is_no_run_is_passed_over_and_all_runs_are_opened_before_the_first_is_measured(call, runs, tmp_path):
     (tmp_path / "report").mkdir()
     (tmp_path / "report/results.json").write_text("{}")
@@ -271,6 +275,7 @@ def test_features_are_not_compared_with_several_teachers(call, student_run, teac
     assert "is several: features are compared with one teacher only" in result.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "severity"), [("gaussian_noise", 3), ("jpeg", 1)])
 def test_one_corruption_is_a_view_of_all_numbers(call, runs, teacher_run, name, severity):
     arguments = ("--corruption", name, "--severity", severity, "--latency", "false")
@@ -294,28 +299,29 @@ def test_one_corruption_is_a_view_of_all_numbers(call, runs, teacher_run, name, 
 
 
 @pytest.mark.slow
-def test_all_corruptions_are_a_table_beside_the_clean_numbers(call, runs):
-    result = call("evaluate", runs[0], "--corruption", "all", "--latency", "false", "--format", "json")
-    assert result.status == 0, result.err
-    row = json.loads(result.out)["runs"][0]
+def test_all_corruptions_are_a_table_beside_the_clean_numbers(call, runs, tmp_path):
+    def measured(*arguments) -> tuple[dict, str]:
+        result = call("evaluate", *arguments, "--latency", "false", "--json", tmp_path / "r.json")
+        assert result.status == 0, result.err
+        return json.loads((tmp_path / "r.json").read_text()), result.out
+
+    content, text = measured(runs[0], "--corruption", "all")
+    row = content["runs"][0]
     assert list(row["corruptions"]) == list(STRENGTHS)
     every = [value for values in row["corruptions"].values() for value in values]
     assert len(every) == 25
     assert row["corruption_mean"] == pytest.approx(sum(every) / 25)
-    single = call(
-        "evaluate", runs[0], "--corruption", "blur", "--severity", 5, "--latency", "false", "--format", "json"
-    )
-    assert json.loads(single.out)["runs"][0]["top1"] == row["corruptions"]["blur"][4]
+    single, _ = measured(runs[0], "--corruption", "blur", "--severity", 5)
+    assert single["runs"][0]["top1"] == row["corruptions"]["blur"][4]
     summary = json.loads((runs[0] / "summary.json").read_text())
     assert row["top1"] == summary["test_accuracy"]
-    text = call("evaluate", runs[0], "--corruption", "all", "--latency", "false").out
     assert all(f"{value:.2f}" in text for value in (*every, row["corruption_mean"]))
-    both = call("evaluate", *runs[:2], "--corruption", "all", "--latency", "false", "--format", "json")
-    means = json.loads(both.out)["groups"][0]["spread"]["corruption_mean"]["mean"]
-    table = call("evaluate", *runs[:2], "--corruption", "all", "--latency", "false").out
+    content, table = measured(*runs[:2], "--corruption", "all")
+    means = content["groups"][0]["spread"]["corruption_mean"]["mean"]
     assert f"{means:.2f}" in next(line for line in table.splitlines() if " all " in line).split()[-1]
 
 
+@pytest.mark.slow
 def test_a_run_of_nans_is_measured_and_its_json_stays_json(call, runs, tmp_path):
     from kd.models import load_classifier
 

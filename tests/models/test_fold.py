@@ -13,20 +13,10 @@ from kd.models.small import SMALL_NETS
 from kd.teachers import Teachers
 
 CLASSES = ["a", "b", "c"]
-TORCHVISION = ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1"]
-SLOW = [
-    *("deeper_cnn", "vgg11_bn", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "mnasnet0_5"),
-    *(
-        "resnet110",
-        "resnet32x4",
-        "vgg13_cifar",
-        "regnet_y_400mf",
-        "resnext50_32x4d",
-        "swin_t",
-        "vit_b_32",
-        "convnext_tiny",
-    ),
-]
+# One of each way to be folded first: these are the first tier's.
+NETWORKS = ["resnet8", "wrn_16_1", "shufflenet_v2_x0_5", *SMALL_NETS, *CIFAR_NETS, "resnet18", "mobilenet_v3_small"]
+NETWORKS += ["squeezenet1_1", "vgg11_bn", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "mnasnet0_5"]
+NETWORKS += ["regnet_y_400mf", "resnext50_32x4d", "swin_t", "vit_b_32", "convnext_tiny"]
 
 
 def trained(network: nn.Module) -> nn.Module:
@@ -40,24 +30,12 @@ def trained(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def slow(*names: str) -> list:
-    """Parameters of the second tier."""
-    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
 def norms(network: nn.Module) -> int:
     return sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(name for name in SMALL_NETS if name not in SLOW),
-        *(name for name in CIFAR_NETS if name not in SLOW),
-        *TORCHVISION,
-        *slow(*SLOW),
-    ],
-)
+@pytest.mark.first_tier(3)
+@pytest.mark.parametrize("name", dict.fromkeys(NETWORKS))
 @torch.no_grad()
 def test_a_folded_network_gives_the_same_logits_and_leaves_the_first_one_alone(name):
     torch.manual_seed(0)
@@ -126,7 +104,8 @@ def test_what_cannot_be_folded_stays(network):
     assert norms(copied) == norms(network)
 
 
-@pytest.mark.parametrize("name", ["resnet8", *slow("wrn_16_1", "vgg8", "shufflenet_v2_cifar")])
+@pytest.mark.first_tier(1)
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "shufflenet_v2_cifar"])
 def test_every_tap_of_a_folded_teacher_is_what_its_module_gives(name):
     torch.manual_seed(0)
     classifier = build_classifier(name, CLASSES, View())

@@ -27,6 +27,8 @@ from kd.models.taps import tap
 from kd.models.torchvision_nets import head_name, names, replace_head
 from kd.util.errors import UserError
 
+pytestmark = pytest.mark.first_tier(2)
+
 CLASSES = [f"class {i}" for i in range(10)]
 
 
@@ -222,6 +224,7 @@ def test_the_help_names_every_network_of_this_project(capsys):
         assert {*CIFAR_NETS, *CIFAR10_RESNETS, *SMALL_NETS} <= words
 
 
+@pytest.mark.slow
 def test_deeper_cnn_is_not_cheaper_than_resnet18():
     costs = {}
     for name in ("deeper_cnn", "resnet18"):
@@ -242,13 +245,13 @@ def test_deeper_cnn_second_block_has_the_shape_of_layer1():
     [
         ("resnet18", 64),
         ("squeezenet1_1", 64),
-        pytest.param("mobilenet_v3_small", 64, marks=pytest.mark.slow),
-        pytest.param("vgg11", 64, marks=pytest.mark.slow),
-        pytest.param("googlenet", 64, marks=pytest.mark.slow),
-        pytest.param("inception_v3", 96, marks=pytest.mark.slow),
-        pytest.param("densenet121", 64, marks=pytest.mark.slow),
-        pytest.param("shufflenet_v2_x0_5", 64, marks=pytest.mark.slow),
-        pytest.param("vit_b_16", 224, marks=pytest.mark.slow),
+        ("mobilenet_v3_small", 64),
+        ("vgg11", 64),
+        ("googlenet", 64),
+        ("inception_v3", 96),
+        ("densenet121", 64),
+        ("shufflenet_v2_x0_5", 64),
+        ("vit_b_16", 224),
     ],
 )
 def test_torchvision_classifiers_take_a_new_head_and_a_frozen_backbone(tmp_path, name, size):
@@ -329,6 +332,7 @@ def test_weights_keep_a_head_of_the_right_size_only(tmp_path):
     assert torch.equal(new.network.layer4[1].conv2.weight, network.layer4[1].conv2.weight)
 
 
+@pytest.mark.slow
 def test_the_new_head_depends_on_the_seed_only(tmp_path):
     torch.save(build_network("resnet18", 10).state_dict(), tmp_path / "w.pth")
     heads = []
@@ -428,6 +432,7 @@ def test_loading_needs_no_pickle_and_leaves_the_generator_alone(teacher_run):
     assert torch.equal(torch.rand(1), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.skipif(not (SHARED / "torch_home").is_dir(), reason="needs pretrained weights in ../shared/torch_home")
 def test_pretrained_weights_from_torchs_cache(monkeypatch):

@@ -21,6 +21,8 @@ from kd.train.meter import Meter
 from kd.train.setup import build_learner, build_trained
 from kd.util.errors import UserError
 
+pytestmark = pytest.mark.first_tier(1)
+
 DIGITS = ("--data.num_train", 60, "--data.batch_size", 20, "--log_every", 1, "--report_to", "none")
 LOSSES = "[{class_path: FeatureDistance, init_args: {student_tap: projector, teacher_tap: stage3}}, CrossEntropy]"
 REUSE = (*DIGITS, "--student", "resnet8", "--learner", "ReusedHead", "--losses", LOSSES)
@@ -110,6 +112,7 @@ def test_an_interrupted_run_resumes_exactly(call, teacher, tmp_path, monkeypatch
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_body_starts_with_the_students_own_weights(teacher, tmp_path):
     classifier = load_classifier(teacher)
     torch.save(build_network("resnet8", 10).state_dict(), tmp_path / "w.pth")
@@ -125,6 +128,7 @@ def test_the_body_starts_with_the_students_own_weights(teacher, tmp_path):
         assert not any(key.startswith("fc") for key in body)
 
 
+@pytest.mark.slow
 def test_the_heads_rows_are_in_the_students_order():
     student, theirs = pair("resnet8", "resnet14", classes=["d", "x", "b", "a", "c"])
     whole = reuse_head(student, theirs, (3, 32, 32)).eval()
@@ -180,6 +184,7 @@ def test_the_projector_is_the_published_bottleneck():
     assert sum(p.numel() for p in projector.parameters()) == 214_016
 
 
+@pytest.mark.slow
 def test_a_student_of_another_kind_is_cut_at_the_named_module():
     mine, theirs = pair("mobilenet_v3_small", "resnet18", 64)
     with pytest.raises(UserError, match=r"last feature map of mobilenet_v3_small is not known; .*in tap"):

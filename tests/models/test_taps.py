@@ -51,7 +51,8 @@ def expected(model, images):
         return {"first": first, "norm": norm, "relu": (norm + 1).relu()}
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.first_tier(1)
+@pytest.mark.parametrize("compiled", [False, True])
 def test_a_tap_has_the_value_that_its_module_computed(compiled):
     model, images = classifier(), torch.randint(0, 256, (5, 3, 6, 6), dtype=torch.uint8)
     plain = model(images)

@@ -23,6 +23,7 @@ from PIL import Image
 
 import kd
 from kd.data import load_data
+from kd.data.corrupt import STRENGTHS
 from kd.measure import metrics
 from kd.report import plots
 from kd.report.tables import verdicts
@@ -103,6 +104,7 @@ def report(teacher_run, runs, tmp_path_factory):
     arguments = [str(run) for run in (teacher_run, *runs)] + ["--corruption", "all", "--report", str(folder)]
     with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
         patch.setattr("kd.measure.evaluation.BATCH_SIZES", (1, 8))
+        patch.setattr("kd.measure.evaluation.STRENGTHS", {name: STRENGTHS[name] for name in ("blur", "contrast")})
         assert evaluate.main(arguments) == 0
     content = json.loads((folder / "results.json").read_text())
     page = Page((folder / "index.html").read_text())

@@ -152,15 +152,17 @@ def test_a_job_goes_back_into_the_queue_when_it_was_stopped_and_only_then(tmp_pa
     for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL), ("sleep", FAKE_SLEEP)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_SUBMIT_DIR": str(ROOT)}
+    number = str(os.getpid())  # its folder is named by it, and another process may run another case
+    job = {"SLURM_JOB_ID": number, "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+    job["SLURM_SUBMIT_DIR"] = str(ROOT)
     environment = {**ENVIRONMENT, **job, "SENT": "", "PATH": f"{tmp_path}:{os.environ['PATH']}", "KD_ACTIVATE": ""}
     environment |= {name: str(value) for name, value in case.items()}
     command = ["bash", "slurm/train.sbatch", "train_teacher.py"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == status, result.stdout + result.stderr
     assert f"ended with status {status}" in result.stdout
-    assert (f"REQUEUE {'7' if requeued is True else requeued}" in result.stdout) == bool(requeued)
-    assert not list(ROOT.glob(".kd-7-*"))
+    assert (f"REQUEUE {number if requeued is True else requeued}" in result.stdout) == bool(requeued)
+    assert not list(ROOT.glob(f".kd-{number}-*"))
 
 
 def test_several_nodes_are_launched_with_the_config_of_that_name():

@@ -78,14 +78,8 @@ def command(teacher):
         arguments, student, losses, _ = CASES[name]
         learner = {"class_path": name, "init_args": arguments}
         given = ("--teacher", teacher) if name == "ReusedHead" else ()
-        return (
-            *FEW,
-            *student,
-            *given,
-            f"--learner={json.dumps(learner)}",
-            f"--losses={json.dumps(losses)}",
-            "--output_dir",
-        )
+        terms = (f"--learner={json.dumps(learner)}", f"--losses={json.dumps(losses)}", "--output_dir")
+        return (*FEW, *student, *given, *terms)
 
     return of
 
@@ -98,6 +92,7 @@ def test_every_learner_is_listed():
     assert CASES.keys() == LEARNERS.keys()
 
 
+@pytest.mark.first_tier(1)
 @pytest.mark.parametrize("name", LEARNERS)
 def test_every_learner_resumes_exactly_and_its_networks_are_kept(call, command, tmp_path, name, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -239,6 +234,7 @@ def batch_of(count: int = 6, size: int = 8) -> Batch:
 # What each is
 
 
+@pytest.mark.first_tier(1)
 @pytest.mark.parametrize(
     "learner",
     [{"class_path": "Cohort", "init_args": {"size": 1}}, {"class_path": "MeanTeacher"}, {"class_path": "Plain"}],
@@ -337,6 +333,7 @@ def test_exits_are_networks_of_their_own_and_share_the_students_weights():
     assert len(names) == len(set(names)) == len(list(learner.parameters()))
 
 
+@pytest.mark.first_tier(4)
 @pytest.mark.parametrize(
     ("learner", "losses", "words"),
     [

@@ -44,7 +44,8 @@ def assert_close(one: Path, other: Path, tolerance: float) -> None:
                 assert same[key] == pytest.approx(value, rel=tolerance), (row["step"], key)
 
 
-@pytest.mark.parametrize("losses", [TAPS, pytest.param("[KL, CrossEntropy]", marks=pytest.mark.slow)])
+@pytest.mark.first_tier(1)
+@pytest.mark.parametrize("losses", [TAPS, "[KL, CrossEntropy]"])
 def test_a_teachers_table_gives_the_run_of_the_teacher(distil, tmp_path, losses):
     sgd = ("--optimizer.name", "sgd", "--losses", losses, "--seed", 5)
     live, made = distil("live", *sgd, "--precompute", "never")

@@ -211,7 +211,8 @@ def share(result) -> int:
     return int(result.out.split(" when full, ")[1].split("%")[0])
 
 
-@pytest.mark.parametrize("losses", ["[KL, CrossEntropy]", pytest.param(TAPS, marks=pytest.mark.slow)])
+@pytest.mark.first_tier(1)
+@pytest.mark.parametrize("losses", ["[KL, CrossEntropy]", TAPS])
 def test_a_run_with_a_table_is_the_run_without(distil, tmp_path, losses):  # noqa: F811
     command = (*VIEWS, "--losses", losses, "--seed", 21)
     live, made = distil("live", *command, "--precompute", "never")
@@ -348,7 +349,8 @@ def test_a_frozen_backbone_is_computed_once_for_each_view(call, tmp_path):
     torch.save(network.state_dict(), tmp_path / "w.pth")
     command = ("--config", "recipes/digits/student.yaml", "--data.num_train", 60, "--model", "mobilenet_v3_small",
                "--weights", tmp_path / "w.pth", "--epochs", 4, "--log_every", 1, "--freeze_backbone", "true",
-               "--optimizer.name", "sgd", "--data.batch_size", 32, "--data.flip", "true")  # fmt: skip
+               "--optimizer.name", "sgd", "--data.batch_size", 32, "--data.flip", "true", "--data.test_fraction", 0.03,
+               "--data.val_fraction", 0)  # fmt: skip
     live = call("train_teacher", *command, "--precompute", "never", "--output_dir", tmp_path / "live")
     table = call("train_teacher", *command, "--output_dir", tmp_path / "table")
     assert live.status == table.status == 0, live.err + table.err

@@ -67,6 +67,7 @@ def test_its_config_makes_it_again(adopt, call, tmp_path):
     assert "epochs" not in yaml.safe_load(config.read_text())
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_it_and_all_else_takes_it(adopt, call, source, tmp_path):
     assert adopt().status == 0
     folder, student = tmp_path / "adopted", tmp_path / "student"

@@ -251,6 +251,7 @@ def test_a_hub_folder_loads_again_and_its_card_says_what_the_run_says(call, seed
     assert "standard deviation" not in text
 
 
+@pytest.mark.slow
 def test_the_card_names_every_view_of_the_training_images(seeds):
     config = yaml.safe_load((seeds[0] / "config.yaml").read_text())
     assert "views of the training images: as stored" in model_card(seeds[:1])
@@ -268,6 +269,7 @@ def test_class_names_are_shown_as_they_are(seeds):
     assert r"Its 10 classes: \*bold\*, a\_b\|c, \<img src=x\> \# head, 3, " in text
 
 
+@pytest.mark.slow
 def test_the_card_names_the_file_of_a_network_of_the_users_own(seeds, tmp_path, monkeypatch):
     file = tmp_path / "own_net_of_the_card.py"
     file.write_text("class Net: ...\n")
@@ -359,6 +361,7 @@ def test_a_network_that_cannot_be_traced_is_one_line(call, tmp_path, monkeypatch
         assert_one_line(call(COMMAND, tmp_path / "run", "--to", to, "--trust_code", "true"), "cannot be traced")
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_a_network_in_half_precision(call, tmp_path, monkeypatch):
     (tmp_path / "half_nets.py").write_text(

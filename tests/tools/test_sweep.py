@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import children
 import pytest
 import yaml
 from conftest import ROOT, assert_one_line
@@ -66,6 +68,7 @@ def states(tmp_path) -> list[str]:
     return [trial.state.name for trial in journal(tmp_path)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda path: path.stem)
 def test_the_files_of_sweeps_give_each_trial_what_wandbs_agent_would(file):
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
@@ -190,14 +193,13 @@ def test_what_is_drawn_does_not_depend_on_how_often_the_sweep_was_stopped(call, 
     assert len({tuple(params.values()) for params in whole}) == 3
 
 
-def worker(file: str, *arguments):
-    """A worker in a process of its own."""
-    command = [sys.executable, "-m", "kd.sweep", file, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def worker(file: str):
+    """A worker in a process of its own, in the working folder; it prints into `said` beside the file."""
+    here = functools.partial(os.chdir, os.getcwd())
+    return children.start(MODULE, [file], {"PYTHONPATH": str(ROOT)}, here, Path(file).with_name("said"))
 
 
-def wait_for(condition, seconds: float = 120) -> None:
+def wait_for(condition, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -224,9 +226,8 @@ def test_a_worker_that_ends_leaves_its_trial_to_the_next(call, make, tmp_path, n
     file = make([0.125, 0.001])
     first = worker(file)
     wait_for((tmp_path / "trials/trial_0000/metrics.jsonl").is_file)
-    first.send_signal(number)
-    said = first.communicate(timeout=60)[0]
-    assert first.returncode == (-9 if number == signal.SIGKILL else 143), said
+    os.kill(first.pid, number)
+    assert children.finish(first) == [-9 if number == signal.SIGKILL else 143], (tmp_path / "said").read_text()
     assert number == signal.SIGKILL or "stopped by SIGTERM" in (tmp_path / "trials/trial_0000.log").read_text()
     assert states(tmp_path)[0] == "RUNNING"
     (tmp_path / "trials/go").touch()
@@ -247,8 +248,8 @@ def test_two_workers_share_the_trials(call, make, tmp_path):
     assert "trial_0000:" not in result.out
     assert "trials: 1 running, 2 complete" in result.out
     (tmp_path / "trials/go").touch()
-    said = first.communicate(timeout=60)[0]
-    assert "trials: 3 complete" in said
+    children.finish(first)
+    assert "trials: 3 complete" in (tmp_path / "said").read_text()
     assert states(tmp_path) == ["COMPLETE"] * 3
 
 
@@ -264,14 +265,14 @@ def test_a_real_run_is_stopped_with_its_sweep_and_resumes_with_it(tmp_path, teac
     first = worker(str(tmp_path / "sweep.yaml"))
     wait_for((run / "config.yaml").is_file)
     first.terminate()
-    assert first.wait(120) == 143
+    assert children.finish(first) == [143]
     assert not (run / "summary.json").exists()
-    second = worker(str(tmp_path / "sweep.yaml"))
-    said = second.communicate(timeout=240)[0]
-    assert second.returncode == 0, said
+    command = [sys.executable, "-m", "kd.sweep", tmp_path / "sweep.yaml"]
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert second.returncode == 0, second.stderr
     losses = yaml.safe_load((run / "config.yaml").read_text())["losses"]
     drawn = [losses[0]["init_args"][name] for name in ("temperature", "weight")]
     value = json.loads((run / "summary.json").read_text())["val_accuracy"]
     assert re.search(
-        rf"trial_0000  val/accuracy {value:.4f} .*temperature={drawn[0]:.4g} .*weight={drawn[1]:.4g} ", said
+        rf"trial_0000  val/accuracy {value:.4f} .*temperature={drawn[0]:.4g} .*weight={drawn[1]:.4g} ", second.stdout
     )

@@ -92,6 +92,7 @@ def test_the_gradient_norm_is_that_of_the_steps_gradient(call, tmp_path):
     assert rows(tmp_path / "clipped")[0]["gradient_norm"] == norms[0]  # before it is clipped
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_same_numbers_over_all_three_axes(call, teacher_run, tmp_path):
     run = tmp_path / "run"
     result = call("distill", *DISTIL, "--teacher", teacher_run, "--output_dir", run, "--report_to", "tensorboard")

@@ -18,17 +18,7 @@ from kd.util.errors import run_script
 
 # SGD: Adam divides by the size of tiny gradients and so magnifies rounding. 200 digits in batches of 48: the epoch's
 # last batch has 8 images. light_nn has dropout, whose masks do not depend on the number of processes either.
-ARGUMENTS = (
-    *UNEVEN,
-    "--optimizer.name",
-    "sgd",
-    "--optimizer.lr",
-    0.05,
-    "--checkpoint_every",
-    4,
-    "--report_to",
-    "none",
-)
+ARGUMENTS = (*UNEVEN, "--optimizer.name", "sgd", "--optimizer.lr", 0.05, "--checkpoint_every", 4, "--report_to", "none")
 
 
 def close(one: list[dict], other: list[dict], tolerance: float) -> None:
@@ -48,7 +38,8 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.first_tier(1)
+@pytest.mark.parametrize("count", [2, 3])
 def test_several_processes_give_the_losses_of_one(alone, tmp_path, count):
     assert children.run_several("train_teacher", (*ARGUMENTS, "--output_dir", tmp_path / "run"), count) == [0] * count
     close(rows(alone), rows(tmp_path / "run"), 1e-4)
@@ -58,7 +49,8 @@ def test_several_processes_give_the_losses_of_one(alone, tmp_path, count):
     assert several["test_nll"] == pytest.approx(one["test_nll"], rel=1e-4)
 
 
-@pytest.mark.parametrize("accumulate", [5, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.first_tier(1)
+@pytest.mark.parametrize("accumulate", [5, 2])
 def test_accumulation_gives_the_same_losses(alone, tmp_path, call, accumulate):
     command = (*ARGUMENTS, "--output_dir", tmp_path / "run", "--accumulate", accumulate)
     assert call("train_teacher", *command).status == 0
@@ -105,17 +97,8 @@ def test_the_learning_rate_does_not_depend_on_the_number_of_processes_or_micro_b
 @pytest.mark.slow
 def test_local_batch_norm_is_measured_as_it_is_saved(tmp_path, call):
     """Each process has running statistics of its own images; those of the first are saved, so all measure with them."""
-    command = (
-        *ARGUMENTS,
-        "--model",
-        "resnet8",
-        "--select",
-        "best",
-        "--accumulate",
-        2,
-        "--output_dir",
-        tmp_path / "run",
-    )
+    command = (*ARGUMENTS, "--model", "resnet8", "--select", "best", "--accumulate", 2)
+    command = (*command, "--output_dir", tmp_path / "run")
     assert children.run_several("train_teacher", command, 2) == [0, 0]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     for split in ("test", "val"):
@@ -213,23 +196,8 @@ def test_a_run_of_four_processes_resumes_exactly(tmp_path):
 
 @pytest.mark.slow
 def test_distillation_and_evaluation_on_two_processes(teacher_run, tmp_path):
-    command = (
-        "--config",
-        "recipes/digits/kd.yaml",
-        "--data.num_train",
-        200,
-        "--epochs",
-        2,
-        "--log_every",
-        1,
-        "--optimizer.name",
-        "sgd",
-        "--teacher",
-        teacher_run,
-        "--report_to",
-        "none",
-        "--output_dir",
-    )
+    command = ("--config", "recipes/digits/kd.yaml", "--data.num_train", 200, "--epochs", 2, "--log_every", 1)
+    command = (*command, "--optimizer.name", "sgd", "--teacher", teacher_run, "--report_to", "none", "--output_dir")
     assert children.run("distill", (*command, tmp_path / "one")) == 0
     assert children.run_several("distill", (*command, tmp_path / "two"), 2) == [0, 0]
     close(rows(tmp_path / "one"), rows(tmp_path / "two"), 1e-4)
@@ -267,5 +235,5 @@ def test_a_process_that_meets_no_other_ends_in_one_line(monkeypatch, capsys, ran
 def test_a_failure_on_one_process_is_said_and_ends_both(tmp_path, image_folder):
     (image_folder / "train/red/03.png").write_bytes(b"no image")
     command = ("--model", "light_nn", "--data.source", image_folder, "--output_dir", tmp_path / "run")
-    statuses = children.finish(*children.start_several("train_teacher", command, 2), timeout=60)
+    statuses = children.run_several("train_teacher", command, 2)
     assert all(status != 0 for status in statuses)

@@ -16,25 +16,9 @@ from conftest import ROOT, UNEVEN
 from kd.train.checkpoint import Progress, checkpoints, load_newest, save_checkpoint
 
 # 200 digits in batches of 48: 5 steps an epoch, the last one uneven; dropout, flips and crops are all drawn.
-ARGUMENTS = (
-    *UNEVEN,
-    "--data.pad_crop",
-    1,
-    "--epochs",
-    3,
-    "--checkpoint_every",
-    2,
-    "--log_every",
-    3,
-    "--report_to",
-    "none",
-)
+ARGUMENTS = (*UNEVEN, "--data.pad_crop", 1, "--epochs", 3, "--checkpoint_every", 2, "--log_every", 3)
+ARGUMENTS = (*ARGUMENTS, "--report_to", "none")
 TIMES = ("images_per_second", "epoch/images_per_second", "peak_memory_mb")
-
-
-def slow(*values) -> list:
-    """Parameters of the second tier."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def rows(folder: Path) -> list[dict]:
@@ -62,24 +46,20 @@ def uninterrupted(tmp_path_factory) -> Path:
     return folder
 
 
+ADD, WRITE, RESULT = "kd.train.meter.Meter.add", "kd.train.checkpoint.write_synced", "kd.run.folder.write_atomic"
+
+
+@pytest.mark.first_tier(1)
 @pytest.mark.parametrize(
     "moments",
     [
-        [
-            ("kd.train.meter.Meter.add", 4),
-            ("kd.train.meter.Meter.add", 3),
-            ("kd.train.meter.Meter.add", 6),
-        ],  # three times
-        # before the first checkpoint; inside a checkpoint's files; twice there; the checkpoint is whole but not
-        # renamed; while an old one is deleted; between the results' files
-        *slow(
-            [("kd.train.meter.Meter.add", 1)],
-            [("kd.train.checkpoint.write_synced", 2)],
-            [("kd.train.checkpoint.write_synced", 2), ("kd.train.checkpoint.write_synced", 5)],
-            [("kd.util.files.os.rename", 3)],
-            [("kd.train.checkpoint.delete", 1)],
-            [("kd.run.folder.write_atomic", 3), ("kd.run.folder.write_atomic", 2)],
-        ),
+        [(ADD, 4), (ADD, 3), (ADD, 6)],  # three times
+        [(ADD, 1)],  # before the first checkpoint
+        [(WRITE, 2)],  # inside a checkpoint's files
+        [(WRITE, 2), (WRITE, 5)],  # twice there
+        [("kd.util.files.os.rename", 3)],  # the checkpoint is whole but not renamed
+        [("kd.train.checkpoint.delete", 1)],  # while an old one is deleted
+        [(RESULT, 3), (RESULT, 2)],  # between the results' files
     ],
     ids=lambda moments: "+".join(f"{name.rpartition('.')[2]}{n}" for name, n in moments),
 )
@@ -99,7 +79,8 @@ def test_what_a_kill_left_half_written_is_deleted_though_its_step_is_not_saved_a
     assert list(tmp_path.iterdir()) == [saved]
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", *slow("SIGINT", "SIGUSR1")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_stopped_by_a_signal_saves_where_it_is(uninterrupted, tmp_path, name):
     command = (*ARGUMENTS, "--output_dir", tmp_path / "run", "--checkpoint_every", 1000)
     status = children.run("train_teacher", command, sabotage=(f"kd.train.meter.Meter.add:{name}", 7))
@@ -138,23 +119,8 @@ def test_a_signal_that_is_sent_again_and_again_changes_nothing(tmp_path, after):
 
 @pytest.mark.slow
 def test_distillation_is_resumed_too(teacher_run, tmp_path):
-    command = (
-        "--config",
-        "recipes/digits/kd.yaml",
-        "--data.num_train",
-        200,
-        "--epochs",
-        2,
-        "--checkpoint_every",
-        1,
-        "--select",
-        "best",
-        "--teacher",
-        teacher_run,
-        "--report_to",
-        "none",
-        "--output_dir",
-    )
+    command = ("--config", "recipes/digits/kd.yaml", "--data.num_train", 200, "--epochs", 2, "--checkpoint_every", 1)
+    command = (*command, "--select", "best", "--teacher", teacher_run, "--report_to", "none", "--output_dir")
     assert children.run("distill", (*command, tmp_path / "whole")) == 0
     assert children.run("distill", (*command, tmp_path / "cut"), sabotage=("kd.train.meter.Meter.add", 6)) == -9
     assert children.run("distill", (*command, tmp_path / "cut")) == 0

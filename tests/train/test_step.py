@@ -12,6 +12,8 @@ import torch
 from kd.train.meter import Meter
 from kd.util.errors import UserError
 
+pytestmark = pytest.mark.first_tier(1)
+
 READS = ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__")
 ALONE = SimpleNamespace(
     reduce=lambda value, _how: value, gather=lambda value: value, device=torch.device("cpu"), is_main_process=True
@@ -61,17 +63,9 @@ def test_nothing_is_read_between_two_lines_of_the_record(
 
     monkeypatch.setattr(Meter, "add", added)
     monkeypatch.setattr(Meter, "flush", flushed)
-    command = [
-        "--config",
-        "recipes/digits/kd.yaml",
-        "--student",
-        "light_nn",
-        "--data.resize",
-        32,
-        "--data.flip",
-        "true",
-    ]
-    command += ["--data.num_train", 192, "--data.batch_size", 48, "--epochs", 2, "--log_every", 100]
+    command = ["--config", "recipes/digits/kd.yaml", "--student", "light_nn", "--data.resize", 32]
+    command += ["--data.flip", "true", "--data.num_train", 192, "--data.batch_size", 48]
+    command += ["--epochs", 2, "--log_every", 100]
     result = call("distill", *command, *more, "--teacher", teacher_run, "--output_dir", tmp_path / "run")
     assert result.status == 0, result.err
     assert reads.calls.pop("steps") >= 8
