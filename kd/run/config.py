@@ -87,6 +87,9 @@ class DataConfig:
     """by how much brightness, contrast, saturation and hue of training images vary, such as [0.4, 0.4, 0.4, 0.1]"""
     trivial_augment: bool = False
     """TrivialAugment: one random change of shape or colour a training image, of random strength"""
+    rand_augment: str | None = None
+    """RandAugment as timm writes it, such as rand-m9-mstd0.5-inc1: m for strength (0 to 10), n for operations per image
+    (2), mstd for the strength's spread (above 100: uniform up to m), inc1 for operations that all grow with strength"""
     random_erasing: ClosedUnitInterval = 0.0
     """share of training images in which a random rectangle is filled with data.mean"""
     mixup: Amount = 0.0
@@ -141,14 +144,23 @@ class DataConfig:
             )
             known = path is None or not os.path.expanduser(path).startswith("~")
             _require(known, f"data.{name} {path!r}: there is no user of this name here")
-        random = ("flip", "pad_crop", "random_resized_crop", "color_jitter", "trivial_augment", "random_erasing")
+        random = ("flip", "pad_crop", "random_resized_crop", "color_jitter", "trivial_augment", "rand_augment")
+        random += ("random_erasing", "mixup", "cutmix")
         _require(
-            not self.views_per_image or any(getattr(self, name) for name in (*random, "mixup", "cutmix")),
+            not self.views_per_image or any(getattr(self, name) for name in random),
             f"data.views_per_image {self.views_per_image}: no random view is asked for; set data.flip or another, or 0",
         )
         _require(
             not (self.pad_crop and self.random_resized_crop),
             "data.pad_crop and data.random_resized_crop both crop; set one of them to 0",
+        )
+        if self.rand_augment is not None:
+            from kd.data.views.rand import RandAugment  # few need it
+
+            RandAugment.of(self.rand_augment)
+        _require(
+            not (self.trivial_augment and self.rand_augment),
+            "data.trivial_augment and data.rand_augment are two ways to do one thing; leave one of them out",
         )
         jitter = self.color_jitter
         _require(
