@@ -178,8 +178,10 @@ class DataConfig:
 class OptimizerConfig:
     """The optimizer and its learning rate's course."""
 
-    name: Literal["sgd", "adam", "adamw"] = "adam"
-    """torch's optimizer of that name"""
+    name: str = "adam"
+    """sgd, adam, adamw, or the import path of another, such as torch.optim.RMSprop"""
+    args: dict[str, Any] = field(default_factory=dict)
+    """further keyword arguments of the optimizer, such as {betas: [0.9, 0.95]}"""
     lr: Positive = 1e-3
     """learning rate; does not depend on the number of processes"""
     momentum: BelowOne = 0.9
@@ -188,12 +190,18 @@ class OptimizerConfig:
     """Nesterov's momentum, of sgd"""
     weight_decay: Amount = 0.0
     """L2 penalty (decoupled in adamw)"""
+    decay_norms_and_biases: bool = True
+    """false: no weight decay for parameters of one dimension, which are the scales of norms and the biases"""
     clip_norm: Positive | None = None
     """clip the gradient's norm over all parameters to this"""
     schedule: Literal["constant", "cosine", "multistep"] = "constant"
-    """course of the learning rate after warm-up; cosine falls to 0"""
+    """course of the learning rate after warm-up; cosine falls to min_lr"""
+    min_lr: Amount = 0.0
+    """where cosine ends"""
     warmup_steps: NonNegativeInt = 0
     """steps over which the learning rate rises linearly from 0"""
+    warmup_epochs: Amount = 0.0
+    """the same in epochs, instead of warmup_steps; may be a part of one"""
     milestones: list[PositiveInt] = field(default_factory=list)
     """epochs after which multistep multiplies the learning rate by gamma"""
     gamma: Positive = 0.1
@@ -201,6 +209,22 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _require(not self.nesterov or self.momentum > 0, "optimizer.nesterov needs optimizer.momentum above 0")
+        _require(
+            self.name in ("sgd", "adam", "adamw") or "." in self.name,
+            f"optimizer.name {self.name!r} must be sgd, adam, adamw or an import path, such as torch.optim.RMSprop",
+        )
+        fields = ("lr", "weight_decay", *(("momentum", "nesterov") if self.name == "sgd" else ()))
+        for name in fields:
+            _require(name not in self.args, f"optimizer.args: {name} has a field of its own; set optimizer.{name}")
+        _require(
+            not (self.warmup_steps and self.warmup_epochs),
+            "optimizer.warmup_steps and optimizer.warmup_epochs are one thing; leave one of them out",
+        )
+        _require(
+            not self.min_lr or (self.schedule == "cosine" and self.min_lr <= self.lr),
+            f"optimizer.min_lr {self.min_lr:g} is where cosine ends: it needs optimizer.schedule cosine and an "
+            f"optimizer.lr ({self.lr:g}) that is not below it",
+        )
 
 
 @dataclass
