@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,6 +50,25 @@ FREE_FIELDS = (
     "data.num_workers",
     "data.device_share",
 )
+
+# Those that say where a run ends: with a later end it resumes, also when it is finished, see `kd.run.extend`.
+ENDS = ("epochs", "max_time", "patience")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds_of(max_time: str | None) -> float:
+    """The seconds of a `max_time` such as `45m`; infinite for None.
+
+    Raises:
+        ValueError: it is none, or no time at all.
+    """
+    if max_time is None:
+        return math.inf
+    match = _DURATION.fullmatch(max_time)
+    if not match or not float(match[1]):
+        raise ValueError(f"max_time {max_time!r} must be a number and its unit (s, m, h or d), such as 45m or 1.5h")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -254,6 +274,12 @@ class TrainConfig:
     """passes over the training images"""
     max_steps: PositiveInt | None = None
     """stop after this many steps, if that is earlier"""
+    max_time: str | None = None
+    """stop when training, over all starts, has taken so long: a number and its unit (s, m, h, d), such as 45m or 1.5h;
+    the run is then measured and written, and with a larger max_time the same command resumes it"""
+    patience: NonNegativeInt = 0
+    """early stopping: stop after so many epochs in which no network that is kept had a better validation accuracy than
+    before; 0 for never. select best takes the best epoch's weights"""
     seed: Seed = 0
     """of first weights, order, views and dropout"""
     output_dir: str = ""
@@ -322,7 +348,10 @@ class TrainConfig:
         )
         _require(self.output_dir != "", "output_dir is empty; name a folder")
         _require(not (self.init_from and self.weights), "give init_from or weights, not both")
-        _require(self.select == "last" or self.data.val_fraction > 0, "select best needs data.val_fraction above 0")
+        validates = self.data.val_fraction > 0
+        _require(self.select == "last" or validates, "select best needs data.val_fraction above 0")
+        _require(not self.patience or validates, f"patience {self.patience} needs data.val_fraction above 0")
+        seconds_of(self.max_time)
 
     def _compare_with_teacher(self) -> list[str]:
         """Names of the losses that take an output of a teacher outside the learner."""
