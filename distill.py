@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a student on what a teacher gives and on labels.
 
-accelerate launch distill.py --config recipes/digits/kd.yaml --teacher runs/digits/teacher
+python distill.py --config recipes/digits/kd.yaml --teacher runs/digits/teacher
 """
 
 from kd.util.errors import run_script, say

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train one network on labels: a teacher, or a student alone.
 
-accelerate launch train_teacher.py --config recipes/digits/teacher.yaml
+python train_teacher.py --config recipes/digits/teacher.yaml
 """
 
 from kd.util.errors import run_script

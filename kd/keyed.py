@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     TRIVIAL = 19
     MIX = 20
     PARTNER = 21  # with whom an image is mixed
+    RAND_AUGMENT = 22
     NEGATIVES = 0x435244  # of contrastive losses, and their first memory
     # These three share a number with VIEW or DROPOUT and yet no draw: there an epoch and more follow the number.
     FIRST_WEIGHTS = 1  # of what losses learn

@@ -10,6 +10,7 @@ import yaml
 from conftest import ROOT
 
 from kd.run.config import DistillConfig, EvaluateConfig, TeacherConfig
+from kd.run.messages import _OTHER_NAMES
 from kd.run.parse import parse
 
 README = (ROOT / "README.md").read_text()
@@ -51,6 +52,32 @@ def test_pictures_and_links_are_there_and_no_placeholder_is():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
     assert "@@" not in README
+
+
+TABLE = README.split("## Coming from")[1].split("\n## ")[0]
+ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in TABLE.splitlines() if line.startswith("| ")][2:]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[-1][:40])
+def test_our_names_of_what_others_have_are_accepted(row):
+    flags = re.findall(r"`(--[^`]+)`", row[-1])
+    assert flags or "the same command" in row[-1]
+    for kind, more in ((TeacherConfig, []), (DistillConfig, ["--teacher", "runs/x"])):
+        config = parse(kind, [*more, *shlex.split(" ".join(flags))])
+        default = parse(kind, more).resolved
+        assert config.resolved != default or not flags
+
+
+def test_a_flag_of_theirs_is_answered_by_what_the_table_says():
+    theirs = {
+        name.strip("-").replace("-", "_"): row[-1]
+        for row in ROWS
+        for name in re.findall(r"`([\w-]+)", " ".join(row[:-1]))
+    }
+    known = {name: ours for name, ours in _OTHER_NAMES.items() if name in theirs}
+    assert len(known) > 20
+    for name, ours in known.items():
+        assert f"--{ours} " in theirs[name] or "the same command" in theirs[name] or f"--{ours}." in theirs[name], name
 
 
 def test_the_way_of_a_batch_is_short():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,6 +36,25 @@ FREE_FIELDS = (
     *("checkpoint_every", "num_threads", "peer_timeout"),
     *("data.cache_dir", "data.download_dir", "data.store", "data.num_workers", "data.device_share"),
 )
+
+# Those that say where a run ends: with a later end it resumes, also when it is finished, see `kd.run.extend`.
+ENDS = ("epochs", "max_time", "patience")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds_of(max_time: str | None) -> float:
+    """The seconds of a `max_time` such as `45m`; infinite for None.
+
+    Raises:
+        ValueError: it is none, or no time at all.
+    """
+    if max_time is None:
+        return math.inf
+    match = _DURATION.fullmatch(max_time)
+    if not match or not float(match[1]):
+        raise ValueError(f"max_time {max_time!r} must be a number and its unit (s, m, h or d), such as 45m or 1.5h")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -76,6 +96,9 @@ class DataConfig:
     """by how much brightness, contrast, saturation and hue of training images vary, such as [0.4, 0.4, 0.4, 0.1]"""
     trivial_augment: bool = False
     """TrivialAugment: one random change of shape or colour a training image, of random strength"""
+    rand_augment: str | None = None
+    """RandAugment as timm writes it, such as rand-m9-mstd0.5-inc1: m for strength (0 to 10), n for operations per image
+    (2), mstd for the strength's spread (above 100: uniform up to m), inc1 for operations that all grow with strength"""
     random_erasing: ClosedUnitInterval = 0.0
     """share of training images in which a random rectangle is filled with data.mean"""
     mixup: Amount = 0.0
@@ -128,14 +151,23 @@ class DataConfig:
             known = path is None or not os.path.expanduser(path).startswith("~")
             _require(known, f"data.{name} {path!r}: there is no user of this name here")
         shapes, colours = (self.flip, self.pad_crop, self.random_resized_crop), (self.color_jitter, self.random_erasing)
-        some, count = any((*shapes, *colours, self.trivial_augment, self.mixup, self.cutmix)), self.views_per_image
-        _require(some or not count, f"data.views_per_image {count}: no view is random; set data.flip or another, or 0")
+        some = any((*shapes, *colours, self.trivial_augment, self.rand_augment, self.mixup, self.cutmix))
+        what = f"data.views_per_image {self.views_per_image}"
+        _require(some or not self.views_per_image, f"{what}: no view is random; set data.flip or another, or 0")
         both = self.pad_crop and self.random_resized_crop
         _require(not both, "data.pad_crop and data.random_resized_crop both crop; set one of them to 0")
         _require(
             not (self.num_labels and (self.mixup or self.cutmix)),
             f"data.num_labels {self.num_labels} leaves images without a label, which data.mixup and data.cutmix would "
             "blend with others'; leave out the one or the others",
+        )
+        if self.rand_augment is not None:
+            from kd.data.views.rand import RandAugment  # few need it
+
+            RandAugment.of(self.rand_augment)
+        _require(
+            not (self.trivial_augment and self.rand_augment),
+            "data.trivial_augment and data.rand_augment are two ways to do one thing; leave one of them out",
         )
         jitter = self.color_jitter
         _require(
@@ -151,8 +183,10 @@ class DataConfig:
 class OptimizerConfig:
     """The optimizer and its learning rate's course."""
 
-    name: Literal["sgd", "adam", "adamw"] = "adam"
-    """torch's optimizer of that name"""
+    name: str = "adam"
+    """sgd, adam, adamw, or the import path of another, such as torch.optim.RMSprop"""
+    args: dict[str, Any] = field(default_factory=dict)
+    """further keyword arguments of the optimizer, such as {betas: [0.9, 0.95]}"""
     lr: Positive = 1e-3
     """learning rate; does not depend on the number of processes"""
     momentum: BelowOne = 0.9
@@ -161,12 +195,18 @@ class OptimizerConfig:
     """Nesterov's momentum, of sgd"""
     weight_decay: Amount = 0.0
     """L2 penalty (decoupled in adamw)"""
+    decay_norms_and_biases: bool = True
+    """false: no weight decay for parameters of one dimension, which are the scales of norms and the biases"""
     clip_norm: Positive | None = None
     """clip the gradient's norm over all parameters to this"""
     schedule: Literal["constant", "cosine", "multistep"] = "constant"
-    """course of the learning rate after warm-up; cosine falls to 0"""
+    """course of the learning rate after warm-up; cosine falls to min_lr"""
+    min_lr: Amount = 0.0
+    """where cosine ends"""
     warmup_steps: NonNegativeInt = 0
     """steps over which the learning rate rises linearly from 0"""
+    warmup_epochs: Amount = 0.0
+    """the same in epochs, instead of warmup_steps; may be a part of one"""
     milestones: list[PositiveInt] = field(default_factory=list)
     """epochs after which multistep multiplies the learning rate by gamma"""
     gamma: Positive = 0.1
@@ -174,6 +214,22 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _require(not self.nesterov or self.momentum > 0, "optimizer.nesterov needs optimizer.momentum above 0")
+        _require(
+            self.name in ("sgd", "adam", "adamw") or "." in self.name,
+            f"optimizer.name {self.name!r} must be sgd, adam, adamw or an import path, such as torch.optim.RMSprop",
+        )
+        fields = ("lr", "weight_decay", *(("momentum", "nesterov") if self.name == "sgd" else ()))
+        for name in fields:
+            _require(name not in self.args, f"optimizer.args: {name} has a field of its own; set optimizer.{name}")
+        _require(
+            not (self.warmup_steps and self.warmup_epochs),
+            "optimizer.warmup_steps and optimizer.warmup_epochs are one thing; leave one of them out",
+        )
+        _require(
+            not self.min_lr or (self.schedule == "cosine" and self.min_lr <= self.lr),
+            f"optimizer.min_lr {self.min_lr:g} is where cosine ends: it needs optimizer.schedule cosine and an "
+            f"optimizer.lr ({self.lr:g}) that is not below it",
+        )
 
 
 @dataclass
@@ -203,6 +259,12 @@ class TrainConfig:
     """passes over the training images"""
     max_steps: PositiveInt | None = None
     """stop after this many steps, if that is earlier"""
+    max_time: str | None = None
+    """stop when training, over all starts, has taken so long: a number and its unit (s, m, h, d), such as 45m or 1.5h;
+    the run is then measured and written, and with a larger max_time the same command resumes it"""
+    patience: NonNegativeInt = 0
+    """early stopping: stop after so many epochs in which no network that is kept had a better validation accuracy than
+    before; 0 for never. select best takes the best epoch's weights"""
     seed: Seed = 0
     """of first weights, order, views and dropout"""
     output_dir: str = ""
@@ -277,7 +339,10 @@ class TrainConfig:
         )
         _require(self.output_dir != "", "output_dir is empty; name a folder")
         _require(not (self.init_from and self.weights), "give init_from or weights, not both")
-        _require(self.select == "last" or self.data.val_fraction > 0, "select best needs data.val_fraction above 0")
+        validates = self.data.val_fraction > 0
+        _require(self.select == "last" or validates, "select best needs data.val_fraction above 0")
+        _require(not self.patience or validates, f"patience {self.patience} needs data.val_fraction above 0")
+        seconds_of(self.max_time)
 
     def _compare_with_teacher(self) -> str:
         """Names of the losses that take an output of a teacher outside the learner."""

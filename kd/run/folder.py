@@ -22,8 +22,9 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
+from kd.run.extend import check_extension, ends_later
 from kd.run.parse import differing_fields
-from kd.util.contents import read_choices, read_config, read_inputs
+from kd.util.contents import read_choices, read_config, read_inputs, read_summary
 from kd.util.errors import UserError, say
 from kd.util.files import delete, write_atomic
 
@@ -86,18 +87,21 @@ class Run:
 
     def __init__(self, folder: str, config: dict, overwrite: bool, is_main: bool):
         self.folder, self.config, self.overwrite, self.is_main = Path(folder), config, overwrite, is_main
-        self._lock, self._begun = None, False
+        self._lock, self._begun, self._extended = None, False, False
         self.inputs: dict | None = None
         self._settled: dict[str, str] = {}
         if is_main:
             if overwrite:
                 self._keep_inputs()
-            try:
-                self._take()
+            self._take()
+        try:
+            if is_main:
                 self._check()
-            except BaseException:
-                self.__exit__()
-                raise
+            done = (self.folder / "summary.json").is_file() and not self.overwrite
+            self._done = done and not ends_later(self.folder, config)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def _keep_inputs(self) -> None:
         """Refuse to delete what this run begins with."""
@@ -157,12 +161,11 @@ class Run:
                 raise
         if self.inputs is None and (self.folder / "checkpoints").is_dir():
             self.inputs = {}  # an earlier version wrote none
-        differing = differing_fields(read_config(self.folder), self.config)
+        old = read_config(self.folder)
+        differing = differing_fields(old, self.config)
         if differing and not self.overwrite:
-            raise UserError(
-                f"output_dir {str(self.folder)!r} holds a run of another config; it differs in "
-                f"{'; '.join(differing)}; name another output_dir, or pass --overwrite true to delete it"
-            )
+            check_extension(self.folder, old, self.config)
+            self._extended = True
         finished = (self.folder / "summary.json").is_file()
         if self.overwrite and not differing and not finished and (self.inputs or {}).get("overwrote"):
             self.overwrite = False  # a job that was killed is started again with the command that began it
@@ -197,8 +200,10 @@ class Run:
             for folder in (*(one / name for one in (*kept_before, self.folder) for name in _FOLDERS), *kept_before):
                 with suppress(OSError):  # it holds something of the user's, or is not there
                     folder.rmdir()
+        for folder in (self.folder, *self._kept_before()) if self._extended else ():
+            delete(folder / "summary.json", self.folder)  # first: it is not finished any more
         new = self.overwrite or not (self.folder / "config.yaml").is_file()
-        if new:
+        if new or self._extended:
             write_atomic(self.folder / "config.yaml", self._config_yaml())
         if new or not ((self.folder / "inputs.json").is_file() or (self.folder / "checkpoints").is_dir()):
             self.inputs = {"overwrote": self.overwrite, **(self.inputs or {})}
@@ -253,10 +258,11 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the run has all its results and is to keep them; says so if it is."""
-        done = (self.folder / "summary.json").is_file() and not self.overwrite
-        if done:
-            say(f"{self.folder} is finished already; nothing to do (--overwrite true starts it again)")
-        return done
+        if self._done:
+            ended_by = read_summary(self.folder).get("stopped_by")
+            how, more = (f", by {ended_by}", f"a larger --{ended_by} resumes it, ") if ended_by else ("", "")
+            say(f"{self.folder} is finished already{how}; nothing to do ({more}--overwrite true starts it again)")
+        return self._done
 
     def finish(self, files: dict[str, dict[str, bytes]], summaries: dict[str, dict]) -> None:
         """Write each network's files and summary, with what it learned from; both by the network's name.

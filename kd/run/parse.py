@@ -29,6 +29,7 @@ from kd.util.errors import UserError
 from kd.util.own_code import blamed
 from kd.util.yaml_files import read_yaml
 
+_INNER = ("losses.", "losses+", "learner.", "model_args.", "optimizer.args.")  # of fields whose own are not known here
 _SCRIPTS = {TeacherConfig: "train_teacher.py", DistillConfig: "distill.py", AdoptConfig: "python -m kd.adopt"}
 
 
@@ -135,7 +136,7 @@ def _read_flags(argv: list[str], fields: dict[str, type], positional: str | None
                 raise UserError(f"unexpected argument {word!r}; flags are written --name value")
             words.append(word)
             continue
-        if name not in fields and not name.startswith(("losses.", "losses+", "learner.", "model_args.")):
+        if name not in fields and not name.startswith(_INNER):
             raise unknown_field(name, fields)
         if not given:
             can_be_true = fields.get(name) is bool or bool in get_args(fields.get(name))

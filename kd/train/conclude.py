@@ -102,6 +102,7 @@ def _about(fitted: Fitted, data: Data, config, accelerator) -> dict:
         **({"batch_norm_left_over": left} if left else {}),  # of the first statistics; those written are re-estimated
         "seconds": fitted.progress.seconds,
         "steps": fitted.progress.step,
+        **({"stopped_by": fitted.stopped_by} if fitted.stopped_by else {}),
         "epochs": config.epochs,
         "images": {"train": len(data.train), "val": len(data.val) if data.val else 0, "test": len(data.test)},
         "seed": config.seed,

@@ -14,6 +14,7 @@ from kd.track import Tracker
 from kd.train import zero
 from kd.train.checkpoint import Progress, load_newest, save_checkpoint
 from kd.train.distiller import Distiller
+from kd.train.ending import Ending
 from kd.train.engine import Engine, ZeroEngine
 from kd.train.kept import Best, Kept
 from kd.train.optim import learning_rate, total_steps
@@ -27,19 +28,20 @@ from kd.util.processes import StopSignal, answering_roll_calls
 
 @dataclass
 class Fitted:
-    """What training leaves: the kept networks, progress, the open tracker, and the number of the signal that stopped
-    the run before its last step, 0 where none did."""
+    """What training leaves: the kept networks, progress, the open tracker; and what ended the run before its last step:
+    the number of a signal, 0 where none did, or `max_time` or `patience`, empty where neither did."""
 
     kept: Kept
     tracker: Tracker
     progress: Progress
     signal: int
+    stopped_by: str = ""
 
 
 def fit(
     distiller: Distiller, teachers: Teachers | None, data: Data, config, accelerator: Accelerator, run: Run
 ) -> Fitted:
-    """Train until the last step, resuming from the run's newest checkpoint.
+    """Train until the run's end, resuming from its newest checkpoint.
 
     Each step is a function of the weights, the optimizer's state and the step number, so a run that was stopped at any
     moment ends with the same bytes as one that was not (on a CPU; on a GPU with `deterministic`).
@@ -60,14 +62,16 @@ def fit(
     batches = TrainBatches(
         data.train, data.batch_size, config.seed, rank, world, data.views, config.accumulate, len(data.classes)
     )
-    per_epoch, total, received = batches.steps_per_epoch, total_steps(config, data), 0
+    per_epoch, total = batches.steps_per_epoch, total_steps(config, data)
     progress, best = _resume(run, engine)
     kept = Kept(distiller.learner, accelerator, best, data.train, config.accumulate)
     standing = Standing(config, progress.standing)
     recorder = Recorder(distiller, config, accelerator, run, total, batches.images_seen, progress)
+    ending = Ending(config, progress, total, per_epoch)
     distiller.train()
-    with StopSignal(config.peer_timeout) as stop, answering_roll_calls():
-        while progress.step < total and not received:
+    with StopSignal(config.peer_timeout, recorder.time_left) as stop, answering_roll_calls():
+        ending.received = stop.agreed() if progress.step else 0  # a run takes one step at least
+        while not (ending.reached or ending.received):
             step, progress.step = progress.step, progress.step + 1
             epoch_ends = progress.step % per_epoch == 0 or progress.step == total
             logs = progress.step % config.log_every == 0 or epoch_ends
@@ -81,18 +85,15 @@ def fit(
             if epoch_ends:
                 kept.refresh()  # what is measured is what is saved
                 recorder.epoch(kept.validate(data.val, data.batch_size, epoch, progress, standing))
-            received = stop.agreed()
+            ending.received = stop.agreed()
             due = progress.step % config.checkpoint_every == 0 if config.checkpoint_every else epoch_ends
-            if received or due or progress.step == total:
+            if ending.received or due or ending.reached:
                 _save(run, engine, progress, recorder, kept.best)
-        if progress.step < total:  # stopped by a signal, which may be sent again
+        if ending.signal:  # it may be sent again
             stop.ignore_repeats()
-    recorder.close()
     batches.close()
-    if progress.step == total:
-        kept.refresh()
-        kept.settle(total)
-    return Fitted(kept, recorder.tracker, progress, 0 if progress.step == total else received)
+    ending.finish(kept, recorder, data, standing)
+    return Fitted(kept, recorder.tracker, progress, ending.signal, ending.stopped_by)
 
 
 def _save(run: Run, engine: Engine, progress: Progress, recorder: Recorder, best: Best) -> None:

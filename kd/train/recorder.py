@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from kd.run.config import seconds_of
 from kd.track import Tracker
 from kd.train.checkpoint import Progress
 from kd.train.distiller import Distiller
@@ -39,6 +40,11 @@ class Recorder:
         """Training time, over all starts."""
         return time.perf_counter() - self._started
 
+    @property
+    def time_left(self) -> float:
+        """Seconds until `max_time` is over."""
+        return seconds_of(self._config.max_time) - self.seconds
+
     def step(self, step: int, epoch: int) -> None:
         """Move to the place after `step` steps, in an epoch counted from 1."""
         self._bar.update()
@@ -63,6 +69,11 @@ class Recorder:
         where, speed = f"epoch {self._place['epoch']}/{self._epochs}", row["epoch/images_per_second"]
         line = f"{where}  loss {row['epoch/loss']:.4f} ({terms}){val}  {speed:,.0f} images/s"
         say(line) if self._bar.disable else self._bar.write(line)
+
+    def validation(self, step: int, epoch: int, found: dict[str, float]) -> None:
+        """Log the validation of an epoch that was not trained to its end; nothing where there was none."""
+        if found:
+            self.tracker.log({"step": step, "epoch": epoch, "images_seen": self._images_seen(step), **found})
 
     def close(self) -> None:
         self._bar.close()

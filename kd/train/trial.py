@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from kd.data import Data, TrainBatches
 from kd.outputs import Batch
+from kd.train import zero
+from kd.train.optim import try_optimizer
 from kd.util.errors import UserError, say
 from kd.util.own_code import blamed, described
 
@@ -40,8 +42,9 @@ def try_first_batch(distiller: nn.Module, teachers: Callable | None, data: Data,
         teachers: gives their outputs for a batch, by name.
 
     Raises:
-        UserError: the network or a loss of the user's own fails, or a loss cannot be trained on.
+        UserError: the network or a loss of the user's own fails, or a loss cannot be trained on; see `try_optimizer`.
     """
+    try_optimizer(config.optimizer, distiller, accelerator.is_fsdp2 or zero.wanted(accelerator.num_processes))
     device, what = accelerator.device, f"a trial on {NUM_IMAGES} training images failed"
     home = next(distiller.parameters()).device if accelerator.is_fsdp2 else device
     batches = TrainBatches(data.train, NUM_IMAGES, config.seed, 0, 1, data.views, 1, len(data.classes))

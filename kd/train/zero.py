@@ -57,6 +57,8 @@ def check(config, precision: str, on_cpu: bool) -> None:
         raise UserError("mixed_precision fp16 is not supported with DeepSpeed; use bf16 or no")
     if config.compile is True:
         raise UserError("compile true does not work with DeepSpeed; set it to false, or use DistributedDataParallel")
+    if config.optimizer.weight_decay and not config.optimizer.decay_norms_and_biases:
+        raise UserError("optimizer.decay_norms_and_biases false is not supported with DeepSpeed; leave it at true")
     section = zero_section()
     stage = section.get("stage")
     if stage not in (1, 2):

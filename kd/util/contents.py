@@ -37,6 +37,8 @@ _CONFIG = {
     "init_from?": _OPTIONAL_STRING,
     "weights?": _OPTIONAL_STRING,
     "max_steps?": _OPTIONAL_INT,
+    "max_time?": _OPTIONAL_STRING,
+    "patience?": int,
     "optimizer?": {"name?": str, "lr?": float},
 }
 _SPLIT = {"images": int, **dict.fromkeys(("split", "pixels", "looks"), str), "files": _OPTIONAL_STRING}
@@ -49,7 +51,7 @@ _SUMMARY = {
     "images": {"test": int},
     **dict.fromkeys(("test_nll?", "test_ece?"), float),
     **dict.fromkeys(("bytes?", "steps?"), int),
-    "device?": str,
+    **dict.fromkeys(("device?", "stopped_by?"), str),
     "versions?": {str: _OPTIONAL_STRING},
     "inputs?": (_INPUTS, None),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -13,6 +14,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+TIME_OVER = 1  # smaller than the numbers of the signals, which therefore win
+
 
 class StopSignal:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that all processes see after the same step.
@@ -23,12 +26,13 @@ class StopSignal:
 
     Args:
         timeout: seconds to wait for the other processes' flags.
+        time_left: seconds until `TIME_OVER`.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self, timeout: float):
-        self.received, self._when = 0, 0.0
+    def __init__(self, timeout: float, time_left: float = math.inf):
+        self.received, self._when, self._deadline = 0, 0.0, time.monotonic() + time_left
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if several else None
         self._before = {}
@@ -56,10 +60,11 @@ class StopSignal:
         self.received, self._when = number, now
 
     def agreed(self) -> int:
-        """The largest signal number that any process has received; 0 if none has."""
+        """The largest signal number that any process has received, else `TIME_OVER` if one has no time left, else 0."""
+        mine = self.received or TIME_OVER * (time.monotonic() >= self._deadline)
         if self._group is None:
-            return self.received
-        flag = torch.tensor([self.received], dtype=torch.int32)
+            return mine
+        flag = torch.tensor([mine], dtype=torch.int32)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
         return int(flag)
 

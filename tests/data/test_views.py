@@ -15,7 +15,7 @@ from torchvision.transforms import functional as reference
 
 from kd import keyed
 from kd.data import TrainBatches, Views
-from kd.data.views import colour, crop, mixes, trivial
+from kd.data.views import colour, crop, mixes, rand, trivial
 from kd.losses import LOSSES
 
 CPU = torch.device("cpu")
@@ -234,10 +234,109 @@ def test_each_image_has_its_own_operation():
         assert torch.equal(done[i : i + 1], alone)
 
 
+# RandAugment
+
+# timm's operations in the order of `rand.OPERATIONS`, and its amount at level m of 10, as its auto_augment.py has them:
+# for a string without inc1, and with it; the sign is drawn
+RAND = {
+    "AutoContrast": (lambda m: 0, None),
+    "Equalize": (lambda m: 0, None),
+    "Invert": (lambda m: 0, None),
+    "Rotate": (lambda m: m / 10 * 30, None),
+    "Posterize": (lambda m: int(m / 10 * 4), lambda m: 4 - int(m / 10 * 4)),
+    "Solarize": (lambda m: int(m / 10 * 256), lambda m: 256 - int(m / 10 * 256)),
+    "SolarizeAdd": (lambda m: int(m / 10 * 110), None),
+    **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), (lambda m: m / 10 * 1.8 + 0.1, "signed")),
+    "ShearX": (lambda m: m / 10 * 0.3, None),
+    "ShearY": (lambda m: m / 10 * 0.3, None),
+    "TranslateXRel": (lambda m: m / 10 * 0.45 * 17, None),
+    "TranslateYRel": (lambda m: m / 10 * 0.45 * 21, None),
+}
+SIGNED = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
+
+
+@pytest.mark.parametrize("inc", [0, 1])
+@pytest.mark.parametrize("m", [0, 5, 9, 10])
+def test_rand_augment_has_the_amounts_of_timm(m, inc):
+    ((_which, amounts),) = rand.RandAugment.of(f"rand-m{m}-n1-inc{inc}").draw(keys(), (21, 17))
+    assert amounts.shape == (COUNT, len(RAND))
+    for (name, (plain, increasing)), column in zip(RAND.items(), amounts.T, strict=True):
+        found = {round(value, 6) for value in column.tolist()}
+        if inc and increasing == "signed":
+            expected = {round(max(0.1, 1 + sign * m / 10 * 0.9), 6) for sign in (1, -1)}
+        else:
+            amount = (increasing if inc and increasing else plain)(m)
+            expected = {round(sign * amount, 6) for sign in ((1, -1) if name in SIGNED else (1,))}
+        assert found == expected, name
+
+
+def test_rand_augments_own_operations_are_those_of_pil():
+    images, amounts = photos(), torch.arange(COUNT, dtype=torch.double) * 110 // COUNT
+    assert torch.equal(rand.invert(images, amounts), torch.stack([reference.invert(image) for image in images]))
+    expected = [  # timm's table: values below 128 get the amount, up to 255
+        pixels(picture(image).point([min(255, value + int(add)) if value < 128 else value for value in range(256)] * 3))
+        for image, add in zip(images, amounts.tolist(), strict=True)
+    ]
+    assert torch.equal(rand.solarize_add(images, amounts), torch.stack(expected))
+    assert (rand.OPERATIONS[4](images, torch.zeros(COUNT)) == 0).all()  # posterize to no bit at all, as timm at m0
+
+
+def test_rand_augment_draws_each_operation_for_itself_and_applies_half_of_them():
+    drawn = list(rand.RandAugment.of("rand-m5-n3-mstd1.5-inc1").draw(keys(6000), (32, 32)))
+    assert len(drawn) == 3
+    for which, amounts in drawn:
+        assert (which < 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
+        shares = torch.bincount(which[which >= 0], minlength=15) / 6000
+        assert (abs(shares - 1 / 30) < 0.01).all()
+        strength = amounts[:, 3].abs() / 3  # of rotate, whose sign is drawn
+        assert strength.mean().item() == pytest.approx(5, abs=0.1)
+        assert strength.std().item() == pytest.approx(1.5, abs=0.1)
+        assert abs(amounts[:, 3].sign().mean().item()) < 0.05
+    (one, first), (other, second), _ = drawn
+    assert (one == other).float().mean() < 0.35
+    assert not torch.equal(first, second)
+    for text, low, high in (("rand-m8-n1-mstd101", 0, 8), ("rand-n1-mstd4", 0, 10)):
+        ((_which, amounts),) = rand.RandAugment.of(text).draw(keys(6000), (32, 32))
+        strength = amounts[:, 3].abs() / 3
+        assert strength.min() >= low
+        assert strength.max() <= high + 1e-9
+    assert (strength == 10).float().mean().item() == pytest.approx(0.5, abs=0.03)  # what is above is cut
+
+
+def test_rand_augment_is_a_loop_over_images_and_operations():
+    images, text = photos(), "rand-m9-n2-mstd0.5-inc1"
+    done, expected = Views(rand_augment=text).apply(images, keys()), images.clone()
+    for which, amounts in rand.RandAugment.of(text).draw(keys(), (21, 17)):
+        for i, number in enumerate(which.tolist()):
+            if number >= 0:
+                expected[i : i + 1] = rand.OPERATIONS[number](expected[i : i + 1], amounts[i : i + 1, number])
+    assert torch.equal(done, expected)
+    assert Views(rand_augment=text).identity() != Views(rand_augment="rand-m9").identity() != Views().identity()
+
+
+def test_rand_augment_is_frozen():
+    """A change here changes the views of every run that has it."""
+    shown = Views(rand_augment="rand-m9-mstd0.5-inc1").apply(photos(8), keys(8))
+    assert shown.long().sum((1, 2, 3)).tolist() == FROZEN_RAND
+
+
+FROZEN_RAND = [79540, 78515, 87748, 142367, 146607, 45312, 80504, 84910]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "rand-m9-w0", "rand-m11", "rand-m9-m8", "auto-m9", "rand-n0", "rand-inc2", "rand-m9.5"]
+)
+def test_a_string_that_is_none_of_timms_is_one_line(call, text):
+    result = call("train_teacher", f"--data.rand_augment={text}")
+    assert_one_line(result, f"data.rand_augment '{text}'", "such as rand-m9-mstd0.5-inc1")
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (5, 2)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_small_and_grey_images_are_taken(size, channels):
     images = torch.from_numpy(noise(COUNT, channels, *size))
+    for views in (Views(rand_augment="rand-n9-mstd101"), Views(rand_augment="rand-n9-mstd101-inc1")):
+        assert views.apply(images, keys()).shape == images.shape
     shown = Views(True, 0, 0.2, (0.4, 0.4, 0.4, 0.1), True, 0.5, colour=(0.5,) * 3).apply(images, keys())
     assert shown.shape == images.shape
     assert shown.dtype == torch.uint8
@@ -345,7 +444,15 @@ def mixed_batches(views: Views, rank: int = 0, world: int = 1, accumulate: int =
     return TrainBatches(make_split(26), 12, seed, rank, world, views, accumulate, num_classes=4)
 
 
-@pytest.mark.parametrize("views", [EVERY, Views(True, 2, views_per_image=3), Views(mixup=1.0, views_per_image=2)])
+@pytest.mark.parametrize(
+    "views",
+    [
+        EVERY,
+        Views(True, 2, views_per_image=3),
+        Views(mixup=1.0, views_per_image=2),
+        Views(rand_augment="rand-m9-mstd1"),
+    ],
+)
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_and_micro_batches_see_the_same_views(views, world):
     for step in (0, 2, 4):
@@ -410,6 +517,7 @@ def test_a_loss_of_one_class_an_image_refuses_mixed_images(call, loss):
         (("--data.random_erasing", 1.5), ("random_erasing 1.5", "at most 1")),
         (("--data.mixup", -1), ("mixup -1", "at least 0")),
         (("--data.views_per_image", 3), ("views_per_image 3", "no random view")),
+        (("--data.rand_augment", "rand-m9", "--data.trivial_augment"), ("trivial_augment and data.rand_augment",)),
     ],
 )
 def test_impossible_views_are_one_line(call, arguments, words):

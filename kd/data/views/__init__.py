@@ -9,9 +9,10 @@ from torch import Tensor
 
 from kd import keyed
 from kd.data.views.augment import augment, shifts
-from kd.data.views.colour import color_jitter, draw_jitter
+from kd.data.views.colour import by_group, color_jitter, draw_jitter
 from kd.data.views.crop import draw_crops, draw_erased, erase, resized_crop
 from kd.data.views.mixes import draw_mixes, mix
+from kd.data.views.rand import OPERATIONS, RandAugment
 from kd.data.views.trivial import draw_trivial, trivial_augment
 from kd.keyed import Purpose
 
@@ -32,6 +33,7 @@ class Views:
     random_erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    rand_augment: str | None = None
     views_per_image: int = 0
     colour: tuple[float, ...] = ()  # of what is erased, 0 to 1
     split_seed: int = 0  # of the views, where an image has a number of them
@@ -68,7 +70,7 @@ class Views:
 
     def identity(self) -> list:
         """Changes when the views do."""
-        return list(asdict(self).values())
+        return [value for value in asdict(self).values() if value is not None]
 
     def expected_new(self, passes: float) -> float:
         """How many different views of an image so many passes are expected to show; `count` is not None."""
@@ -109,6 +111,9 @@ class Views:
             images = color_jitter(images, *draw_jitter(keys, self.color_jitter))
         if self.trivial_augment:
             images = trivial_augment(images, *draw_trivial(keys))
+        if self.rand_augment:
+            for which, amounts in RandAugment.of(self.rand_augment).draw(keys, tuple(size)):
+                images = by_group(images, which, OPERATIONS, amounts)
         if self.random_erasing:
             images = erase(images, draw_erased(keys, tuple(size), self.random_erasing), self._fill(images.shape[1]))
         return images
@@ -132,6 +137,7 @@ class Views:
             (self.pad_crop, f"crops after padding by {self.pad_crop}"),
             (self.color_jitter, f"colour jitter {jitter}"),
             (self.trivial_augment, "TrivialAugment"),
+            (self.rand_augment, f"RandAugment ({self.rand_augment})"),
             (self.random_erasing, f"a rectangle erased in {self.random_erasing:.0%} of the images"),
             (self.mixup, f"mixup (alpha {self.mixup:g})"),
             (self.cutmix, f"CutMix (alpha {self.cutmix:g})"),
