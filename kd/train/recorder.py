@@ -27,7 +27,7 @@ class Recorder:
     def __init__(
         self, distiller: Distiller, config, accelerator, run, total: int, images_seen: Callable, progress: Progress
     ):
-        self._epochs, self._images_seen = config.epochs, images_seen
+        self._epochs, self._images_seen, self._max_seconds = config.epochs, images_seen, seconds_of(config.max_time)
         self.tracker = Tracker(accelerator, run, config, distiller.objective(), progress.metrics_bytes)
         self.meter = Meter(list(distiller.losses), accelerator, progress.sums, config.optimizer.lr, progress.step)
         self._started = time.perf_counter() - progress.seconds
@@ -43,7 +43,7 @@ class Recorder:
     @property
     def time_left(self) -> float:
         """Seconds until `max_time` is over."""
-        return seconds_of(self._config.max_time) - self.seconds
+        return self._max_seconds - self.seconds
 
     def step(self, step: int, epoch: int) -> None:
         """Move to the place after `step` steps, in an epoch counted from 1."""
