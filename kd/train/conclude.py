@@ -56,7 +56,7 @@ def conclude(fitted: Fitted, data: Data, config, accelerator, run: Run) -> int:
         teachers = _teachers(config, data, accelerator)
         rows = hardest(data.test, logits, labels, data.classes, teachers, accelerator.device)
         shown = Outcome(data.classes, logits, labels, rows)
-    fitted.tracker.finish(summaries[first], shown)
+    fitted.tracker.finish(summaries, shown)
     for name in networks:
         label = "test accuracy" if name == first and not others else f"test accuracy of {name}"
         say(f"{label} {summaries[name]['test_accuracy']:.2f} %")

@@ -15,6 +15,7 @@ from kd import keyed
 from kd.losses import Loss, Setting, Term
 from kd.outputs import Batch, Outputs
 from kd.students import Learner
+from kd.train.meter import count_right
 from kd.train.trial import scalar
 from kd.util.errors import UserError, unknown
 
@@ -33,6 +34,7 @@ class Distiller(nn.Module):
 
     Attributes:
         losses: every pair's loss by the name under which it is logged.
+        right: of the last forward, by kept network how many images it gives the class of their label: a scalar.
 
     Raises:
         UserError: there is no loss, a name or a tap does not exist, or the features' shapes do not suit a loss.
@@ -52,6 +54,7 @@ class Distiller(nn.Module):
             raise UserError("no loss is given; add one to losses, for example CrossEntropy")
         self.learner = learner
         self.losses = nn.ModuleDict()
+        self.right: dict[str, Tensor] = {}
         self._joins: dict[str, tuple[str, str | None]] = {}
         self._weights: dict[str, float] = {}
         self._turns: dict[str, str | None] = {}
@@ -139,6 +142,7 @@ class Distiller(nn.Module):
             teachers: outputs by name of those that are not part of the learner, float32.
         """
         outputs = {name: part.float() for name, part in self.learner(batch).items()}
+        self.right = count_right({name: outputs.get(name) for name in self.learner.networks}, batch.labels)
         # Half precision has too few bits for a logarithm of a small probability: losses always run in float32.
         with torch.autocast(batch.labels.device.type, enabled=False):
             names = [name for name in self.losses if self._turns[name] in (None, batch.turn)]

@@ -4,23 +4,45 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kd.outputs import Outputs
 from kd.util.errors import UserError
 from kd.util.gathers import is_shared_out
 from kd.util.machine import peak_memory_mb
 
 
-class Meter:
-    """Means of the loss terms, which are read once a log interval; remembers the first step that was not finite."""
+@dataclass
+class _Kept:
+    """A step's terms as they lie on the device, with its images; how many were named right, of those with a label."""
 
-    def __init__(self, names: list[str], device: torch.device, sums: dict, is_main: bool):
-        self.names = [*names, "loss"]
+    terms: dict[str, Tensor]
+    images: int
+    step: int
+    right: dict[str, Tensor]
+    labelled: int
+
+
+class Meter:
+    """Means of the loss terms, and accuracy in training, which are read once a log interval; remembers the first step
+    that was not finite.
+
+    Args:
+        names: of the terms.
+        sums: what `state` gave, to resume from.
+        networks: of which the accuracy is counted; that of the first is called `accuracy`, of others `NAME/accuracy`.
+    """
+
+    def __init__(self, names: list[str], device: torch.device, sums: dict, is_main: bool, networks: Sequence[str] = ()):
+        self._accuracies = {name: f"{name}/accuracy" if place else "accuracy" for place, name in enumerate(networks)}
+        self.names = [*names, "loss", *self._accuracies.values()]
         self._device = device
-        self._kept: list[tuple[dict[str, Tensor], int, int]] = []  # terms, images, step
+        self._kept: list[_Kept] = []
         self._sums, self._images = dict.fromkeys(self.names, 0.0), dict.fromkeys(self.names, 0.0)
         self._bad, self._culprits = -1, []
         self._epoch = {name: list(pair) for name, pair in sums.get("epoch", {}).items()}
@@ -29,25 +51,41 @@ class Meter:
             for name, (total, images) in sums["interval"].items():
                 self._sums[name], self._images[name] = total, images
 
-    def add(self, terms: dict[str, Tensor], num_images: int, step: int) -> None:
-        """Keep a step's terms; nothing is computed or read yet, so that a step costs next to nothing."""
-        self._kept.append(({name: term.detach() for name, term in terms.items()}, num_images, step))
+    def add(
+        self,
+        terms: dict[str, Tensor],
+        num_images: int,
+        step: int,
+        right: dict[str, Tensor] | None = None,
+        num_labelled: int = 0,
+    ) -> None:
+        """Keep a step's terms; nothing is computed or read yet, so that a step costs next to nothing.
+
+        Args:
+            right: by network how many of the `num_labelled` images it gives the class of their label.
+        """
+        terms = {name: term.detach() for name, term in terms.items()}
+        self._kept.append(_Kept(terms, num_images, step, right or {}, num_labelled))
 
     def _read(self) -> None:
         """Add what was kept to the sums, one step after another: where it is read must not change a bit of them."""
         if not self._kept:
             return
-        values = iter(torch.stack([term for terms, _, _ in self._kept for term in terms.values()]).tolist())
-        for terms, num_images, step in self._kept:
-            row = {name: next(values) for name in terms}
+        both = [value for kept in self._kept for value in (*kept.terms.values(), *kept.right.values())]
+        values = iter(torch.stack([value.float() for value in both]).tolist())
+        for kept in self._kept:
+            row = {name: next(values) for name in kept.terms}
             row["loss"] = sum(row.values())
             if self._bad < 0 and not math.isfinite(row["loss"]):
-                self._bad = step + 1
-                bad = [name for name in terms if not math.isfinite(row[name])]
-                self._culprits = bad if len(bad) < len(terms) else []
-            for name, value in row.items() if num_images else ():
-                self._sums[name] += value * num_images
-                self._images[name] += num_images
+                self._bad = kept.step + 1
+                bad = [name for name in kept.terms if not math.isfinite(row[name])]
+                self._culprits = bad if len(bad) < len(kept.terms) else []
+            for name, value in row.items() if kept.images else ():
+                self._sums[name] += value * kept.images
+                self._images[name] += kept.images
+            for name in kept.right:
+                self._sums[self._accuracies[name]] += 100 * next(values)
+                self._images[self._accuracies[name]] += kept.labelled
         self._kept.clear()
 
     def _summed(self, accelerator) -> dict[str, list[float]]:
@@ -71,8 +109,18 @@ class Meter:
         """The open sums over all processes, for the checkpoint."""
         return {"interval": self._summed(accelerator), "epoch": self._epoch}
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done in here, validation or a checkpoint, is no training: its time does not count for the speed."""
+        began = time.perf_counter()
+        yield
+        spent = time.perf_counter() - began
+        self._interval_start += spent
+        self._epoch_start += spent
+
     def flush(self, accelerator, lr: float, saved_step: int | None, norm: Tensor) -> dict[str, float | None]:
-        """The terms' means over the interval's images, over all processes; starts the next interval.
+        """The terms' means over the interval's images, over all processes, and the accuracy on those with a label, in
+        percent; starts the next interval.
 
         With them the norm of the last step's gradient, None where fp16 has overflowed, and the memory held at most.
         """
@@ -94,13 +142,28 @@ class Meter:
         return row
 
     def end_epoch(self) -> dict[str, float]:
-        """The terms' means over the epoch's images; the speed is that since the epoch's start or the last restart."""
+        """The terms' means and the accuracy over the epoch's images; the speed is that since the epoch's start or the
+        last restart."""
         row = {f"epoch/{name}": total / count for name, (total, count) in self._epoch.items() if count}
         now = time.perf_counter()
         row["epoch/images_per_second"] = self._epoch_images / (now - self._epoch_start)
         self._epoch, self._epoch_images = {}, 0.0
         self._epoch_start = self._interval_start = now
         return row
+
+
+@torch.no_grad()
+def count_right(outputs: Mapping[str, Outputs | None], labels: Tensor) -> dict[str, Tensor]:
+    """How many images each network gives the class of their label, a scalar; an unknown label, -1, is no class.
+
+    Networks without logits are left out, and all where images are mixed and have two labels.
+    """
+    right = {}
+    for name, part in outputs.items() if labels.dim() == 1 else ():
+        if part is not None and part.logits is not None:
+            given = part.logits.argmax(1)
+            right[name] = ((given if part.classes is None else part.classes[given]) == labels).sum()
+    return right
 
 
 def not_finite(

@@ -39,7 +39,8 @@ class Recorder:
     ):
         self._config, self._accelerator, self._images_seen = config, accelerator, images_seen
         self.tracker = Tracker(accelerator, run, config, distiller.objective(), progress.metrics_bytes)
-        self.meter = Meter(list(distiller.losses), accelerator.device, progress.sums, accelerator.is_main_process)
+        networks, is_main = list(distiller.learner.networks), accelerator.is_main_process
+        self.meter = Meter(list(distiller.losses), accelerator.device, progress.sums, is_main, networks)
         self.saved_step = progress.step if progress.step else None
         self._started = time.perf_counter() - progress.seconds
         hidden = None if accelerator.is_main_process else True
@@ -66,15 +67,16 @@ class Recorder:
         self._bar.set_postfix_str("  ".join([*terms, f"{row['images_per_second']:,.0f} images/s"]))
 
     def epoch(self, validation: dict[str, float]) -> None:
-        """Log the means of the epoch's terms and its validation, and print both."""
+        """Log the means of the epoch's terms, its accuracy in training and its validation, and print all."""
         row = self.meter.end_epoch() | validation
         place = {**self._place, "images_seen": self._images_seen(self._place["step"])}
         self.tracker.log({**place, **row})
-        skipped = ("epoch/loss", "epoch/images_per_second")
-        terms = [(key, value) for key, value in row.items() if key.startswith("epoch/") and key not in skipped]
+        skipped = ("loss", "images_per_second", "accuracy")
+        terms = [(key, value) for key, value in row.items() if key.startswith("epoch/") and not key.endswith(skipped)]
         terms = ", ".join(f"{key.removeprefix('epoch/')} {value:.4f}" for key, value in terms)
         accuracies = [(key, value) for key, value in row.items() if key.endswith("accuracy")]
-        val = "".join(f"  {key.removesuffix('accuracy').replace('/', ' ')}{value:.2f} %" for key, value in accuracies)
+        words = [(key.removesuffix("accuracy").replace("epoch/", "train/"), value) for key, value in accuracies]
+        val = "".join(f"  {word.replace('/', ' ')}{value:.2f} %" for word, value in words)
         speed = f"{row['epoch/images_per_second']:,.0f} images/s"
         line = f"epoch {place['epoch']}/{self._config.epochs}  loss {row['epoch/loss']:.4f} ({terms}){val}  {speed}"
         say(line) if self._bar.disable else self._bar.write(line)

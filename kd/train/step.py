@@ -43,7 +43,11 @@ class Stepper:
                 engine.settle(partial(self._forward_backward, batch, share, last=True))
                 self._set_seed(seed)
             terms = self._forward_backward(batch, share, last=not micro)
-            self._meter.add(terms, len(batch.labels) if share else 0, step)
+            images, labelled = len(batch.labels), batch.labels if batch.labelled is None else batch.labelled
+            if share:
+                self._meter.add(terms, images, step, engine.distiller.right, len(labelled))
+            else:  # an image in place of none, so that all processes take part
+                self._meter.add(terms, 0, step)
         norm = engine.update(wants_norm, learner.still(turn))
         with torch.no_grad():
             learner.after_step(step)
