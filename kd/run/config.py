@@ -41,6 +41,7 @@ FREE_FIELDS = (
     "notes",
     "log_media",
     "checkpoint_every",
+    "keep_checkpoints",
     "num_threads",
     "peer_timeout",
     "data.cache_dir",
@@ -250,6 +251,8 @@ class TrainConfig:
     """steps between two lines of metrics.jsonl"""
     checkpoint_every: PositiveInt | None = None
     """steps between two checkpoints; null for one at the end of each epoch"""
+    keep_checkpoints: NonNegativeInt = 1
+    """how many of the newest checkpoints stay when the run has ended; until then two at least, lest one be damaged"""
     peer_timeout: Seconds = 600
     """seconds that a process waits for the others in a step before it takes them for dead"""
     num_threads: Threads | None = None

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from accelerate import Accelerator
 
 from kd.data import Data, TrainBatches
 from kd.run.folder import Run
 from kd.teachers import Teachers
 from kd.track import Tracker
-from kd.train.checkpoint import Progress, load_newest, save_checkpoint
+from kd.train.checkpoint import Progress
 from kd.train.distiller import Distiller
-from kd.train.engine import Engine, make_engine
-from kd.train.kept import Best, Kept
-from kd.train.meter import not_finite
+from kd.train.engine import make_engine
+from kd.train.kept import Kept
 from kd.train.optim import learning_rate, total_steps
 from kd.train.recorder import Recorder
+from kd.train.saver import Saver
 from kd.train.standing import Standing
 from kd.train.step import Stepper
-from kd.util.errors import UserError, say
-from kd.util.gathers import all_finite
 from kd.util.processes import StopSignal, answering_roll_calls
 
 
@@ -54,12 +51,13 @@ def fit(
     """
     run.begin(kept=list(distiller.learner.networks)[1:])
     accelerator.wait_for_everyone()
+    saver = Saver(run, distiller, config)
     engine = make_engine(distiller, config, accelerator)
     data = data.on_device(accelerator.device, config.data.device_share)
     batches = _batches(data, config, accelerator)
     per_epoch, received = batches.steps_per_epoch, 0
     total = total_steps(config, data)
-    progress, best = _resume(engine, accelerator, run)
+    progress, best = saver.resume(engine)
     kept = Kept(distiller.learner, accelerator, best, data.train, config.accumulate)
     standing = Standing(config, progress.standing)
     recorder = Recorder(distiller, config, accelerator, run, total, batches.images_seen, progress)
@@ -76,12 +74,14 @@ def fit(
             if logs:
                 recorder.interval(lr, norm)
             if epoch_ends:
-                kept.refresh()  # what is measured is what is saved
-                recorder.epoch(kept.validate(data.val, data.batch_size, epoch, progress.best, progress.step, standing))
+                with recorder.meter.aside():
+                    kept.refresh()  # what is measured is what is saved
+                    validation = kept.validate(data.val, data.batch_size, epoch, progress, standing)
+                recorder.epoch(validation)
             received = stop.agreed()
             due = progress.step % config.checkpoint_every == 0 if config.checkpoint_every else epoch_ends
             if received or due or progress.step == total:
-                _save(run, distiller, engine, accelerator, progress, recorder, kept.best, config.optimizer.lr)
+                saver.save(engine, progress, recorder, kept.best)
         if progress.step < total:  # stopped by a signal, which may be sent again
             stop.ignore_repeats()
     recorder.close()
@@ -103,41 +103,3 @@ def _batches(data: Data, config, accelerator: Accelerator) -> TrainBatches:
         config.accumulate,
         len(data.classes),
     )
-
-
-def _save(run: Run, distiller: Distiller, engine: Engine, accelerator, progress, recorder: Recorder, best: Best, lr):
-    run.require()
-    recorder.meter.check(accelerator, lr, recorder.saved_step)  # what is not finite must never be kept
-    if not all_finite(list(distiller.state_dict().values()), accelerator):
-        raise not_finite("the weights are", progress.step, lr, recorder.saved_step)
-    progress.sums, progress.metrics_bytes = recorder.meter.state(accelerator), recorder.tracker.num_bytes
-    progress.seconds = recorder.seconds
-    progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    tensors = engine.tensors()
-    if best:
-        tensors["best"] = {f"{name}.{key}": value for name, state in best.items() for key, value in state.items()}
-    if accelerator.is_main_process:
-        save_checkpoint(run.folder / "checkpoints", progress, tensors)
-    recorder.saved_step = progress.step
-
-
-def _resume(engine: Engine, accelerator, run: Run) -> tuple[Progress, Best]:
-    found = load_newest(run.folder / "checkpoints")
-    steps = accelerator.gather(torch.tensor([found[0].step if found else 0], device=accelerator.device)).tolist()
-    if len(set(steps)) > 1:
-        raise UserError(
-            f"the processes see different checkpoints in {run.folder} (steps {steps}); "
-            f"put output_dir on a disk that all nodes share"
-        )
-    if found is None:
-        return Progress(), {}
-    progress, tensors = found
-    engine.load(tensors)
-    if progress.scaler is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(progress.scaler)
-    say(f"resuming after step {progress.step}")
-    best: Best = {}
-    for key, value in tensors.get("best", {}).items():
-        name, _, key = key.partition(".")
-        best.setdefault(name, {})[key] = value
-    return progress, best

@@ -10,6 +10,7 @@ from kd.data import Split
 from kd.measure import metrics
 from kd.measure.predict import predict
 from kd.students import Learner
+from kd.train.checkpoint import Progress
 from kd.train.standing import Standing
 from kd.train.statistics import ARRIVED, chosen, learning_layers, left_over, put_back, reestimate
 from kd.util.errors import say
@@ -72,21 +73,20 @@ class Kept:
                 reestimate(network, layers[name], self._train, device)
 
     def validate(
-        self, split: Split | None, batch_size: int, epoch: int, best: dict[str, dict], steps: int, standing: Standing
+        self, split: Split | None, batch_size: int, epoch: int, progress: Progress, standing: Standing
     ) -> dict[str, float]:
         """Accuracy and negative log likelihood of each network, by the names under which they are logged; nothing
         without a split.
 
         Args:
-            best: of each network `epoch` and `val_accuracy` of its best epoch; brought up to date, as the weights are.
-            steps: taken up to now.
+            progress: its steps are taken; its `best` is brought up to date, as the weights are.
             standing: is shown what each network gives.
         """
         if split is None:
             return {}
         with nullcontext() if self._in_parts else put_back(self.networks.values()):
-            self.settle(steps)
-            row = self._measure(split, batch_size, epoch, best, steps, standing)
+            self.settle(progress.step)
+            row = self._measure(split, batch_size, epoch, progress.best, progress.step, standing)
         self._learner.train()
         return row
 
