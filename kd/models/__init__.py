@@ -86,6 +86,11 @@ class Classifier(nn.Module):
         """
         self._taps.add(names, self.recipe["model"])
 
+    def freeze_backbone(self, head: str | None = None) -> None:
+        """Let the head alone, by default the last layer, be trained: all else keeps its weights and statistics."""
+        self.head = head or torchvision_nets.head_name(self.network)
+        freeze_all_but(self.network, self.head)
+
     def outputs(self, inputs: dict[str, Tensor], keys: Tensor | None = None) -> Outputs:
         """Logits and tapped features for the columns of a `Batch`; with `keys` (int64 (B,)) dropout draws a function of
         them.
@@ -255,15 +260,14 @@ def build_classifier(
     if weights is not None:
         state = read_weights(name, weights)
     elif freeze_backbone:
-        raise UserError(f"freeze_backbone would freeze the random weights of {name}; give weights too")
+        raise UserError(f"freeze_backbone would freeze the random weights of {name}; give weights or init_from too")
     if state is None:
         network, head = build_network(name, len(classes), model_args, trust=True), None
     else:
         network, head = _with_weights(name, state, len(classes), model_args, weights)
     classifier = Classifier(network, view, classes, {"model": name, "model_args": dict(model_args or {})})
-    if freeze_backbone:  # after the classifier has put its own dropout into the network
-        freeze_all_but(network, head)
-        classifier.head = head
+    if freeze_backbone:
+        classifier.freeze_backbone(head)
     return classifier
 
 

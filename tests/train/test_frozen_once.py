@@ -38,6 +38,7 @@ def cases(teacher: Path) -> dict[str, tuple]:
     return {
         "weights": ("train_teacher", (*mnist, *weights), frozen),
         "never_tabled": ("train_teacher", (*mnist, *weights, "--precompute", "never", "--data.flip", "true"), frozen),
+        "init_from": ("train_teacher", (*mnist, "--init_from", teacher, "--freeze_backbone", "true"), frozen),
         "seed": ("train_teacher", ("--model", f"{__name__}.HalfFrozen"), "learner.student.network.body."),
         "mean_teacher": ("train_teacher", (*mnist, *weights, "--learner", "MeanTeacher"), frozen),
     }
