@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         for source, names in sources.items():
             print(f"{source}:")
-            print(textwrap.fill(", ".join(names), 100, initial_indent="  ", subsequent_indent="  "))
+            print(textwrap.fill(", ".join(names), 80, initial_indent="  ", subsequent_indent="  "))
         return 0
     for flag in ("size", "num_classes"):
         value = getattr(arguments, flag)

@@ -17,6 +17,7 @@ def test_names_by_source(call):
     assert "wrn_16_1" in cifar.split("ours, of")[0]
     assert "cifar10_resnet56" in resnets.split("torchvision's")[0]
     assert "mobilenet_v3_small" in others
+    assert max(map(len, result.out.splitlines())) <= 80
 
 
 def test_arguments_of_a_network(call):
