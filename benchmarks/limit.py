@@ -6,7 +6,7 @@
     python benchmarks/limit.py --student resnet18 --image_size 224 --batch_size 256 --losses kl
 
 The loop is `distill.py` as a user starts it, from the teacher's table, with its record every 50 steps and a checkpoint
-at each epoch's end; its speed is that of whole epochs, checkpoints counted, the first epoch left out. `--losses kl` is
+at each epoch's end; its speed is that of whole epochs without checkpoints, the first epoch left out. `--losses kl` is
 KL and cross entropy, `all` adds a relation between images and a feature (light_nn's). The limit is the same network
 in the same precision and memory order with cross entropy alone: no teacher, no data, no record. Both alternate; the
 share is the loop's speed by the limit's.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ from kd.run.config import EvaluateConfig
 from kd.run.recorded import recorded_data, weights_of
 from kd.teachers.load import load_teachers, named, other_sizes
 from kd.util.contents import read_config, read_summary
-from kd.util.errors import UserError
+from kd.util.errors import UserError, say
 from kd.util.machine import device_name, versions
 
 BATCH_SIZES = (1, 8, 64)  # whose time is measured
@@ -60,6 +62,7 @@ class Evaluator:
     def __init__(self, config: EvaluateConfig, accelerator):
         self.config, self.accelerator = config, accelerator
         self._data: dict[str, Data] = {}
+        self._said: set[str] = set()
         self._identities: dict[str, dict] = {}
         self._logits: dict[tuple, tuple[Tensor, Tensor]] = {}
 
@@ -165,7 +168,12 @@ class Evaluator:
         config, size = recorded_data(settings, run, **ours), size if self.config.source else None
         key = json.dumps([dataclasses.asdict(config), size], sort_keys=True)
         if key not in self._data:
-            self._data[key] = load_data(config, size=size)
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                self._data[key] = load_data(config, size=size)
+            for line in said.getvalue().splitlines():  # runs whose settings differ have the same images
+                if line not in self._said:
+                    say(line)
+                self._said.add(line)
         return key, self._data[key]
 
     def _ask(self, network, data: Data, split: Split) -> tuple[Tensor, Tensor]:

@@ -78,6 +78,11 @@ class Classifier(nn.Module):
         tap(self.network, new, self._features, self.recipe["model"])
         self._tapped.update(new)
 
+    def freeze_backbone(self, head: str | None = None) -> None:
+        """Let the head alone, by default the last layer, be trained: all else keeps its weights and statistics."""
+        self.head = head or torchvision_nets.head_name(self.network)
+        freeze_all_but(self.network, self.head)
+
     def outputs(self, inputs: dict[str, Tensor], keys: Tensor | None = None) -> Outputs:
         """Logits and tapped features for the columns of a `Batch`; with `keys` (int64 (B,)) dropout draws a function of
         them.
@@ -243,13 +248,12 @@ def build_classifier(
     if weights is not None:
         network, head = _with_weights(name, read_weights(name, weights), len(classes), model_args, weights)
     elif freeze_backbone:
-        raise UserError(f"freeze_backbone would freeze the random weights of {name}; give weights too")
+        raise UserError(f"freeze_backbone would freeze the random weights of {name}; give weights or init_from too")
     else:
         network, head = build_network(name, len(classes), model_args, trust=True), None
     classifier = Classifier(network, view, classes, {"model": name, "model_args": dict(model_args or {})})
-    if freeze_backbone:  # after the classifier has put its own dropout into the network
-        freeze_all_but(network, head)
-        classifier.head = head
+    if freeze_backbone:
+        classifier.freeze_backbone(head)
     return classifier
 
 

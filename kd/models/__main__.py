@@ -12,7 +12,7 @@ import textwrap
 
 import yaml
 
-from kd.models import build_network, torchvision_nets
+from kd.models import bare, build_network, torchvision_nets
 from kd.models.cifar import CIFAR_NETS
 from kd.models.cifar10_resnets import CIFAR10_RESNETS
 from kd.models.small import SMALL_NETS
@@ -38,13 +38,13 @@ def main(argv: list[str] | None = None) -> int:
         }
         for source, names in sources.items():
             print(f"{source}:")
-            print(textwrap.fill(", ".join(names), 100, initial_indent="  ", subsequent_indent="  "))
+            print(textwrap.fill(", ".join(names), 80, initial_indent="  ", subsequent_indent="  "))
         return 0
     for flag in ("size", "num_classes"):
         value = getattr(arguments, flag)
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value} must be 1 or more")
-    network = build_network(arguments.name, arguments.num_classes, _mapping(arguments.model_args), trust=True)
+    network = build_network(bare(arguments.name), arguments.num_classes, _mapping(arguments.model_args), trust=True)
     size = arguments.size or getattr(network, "image_size", None) or getattr(network, "usual_size", 224)
     try:
         shapes = tap_shapes(network, (3, size, size))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 from kd.models.preprocess import View
-from kd.util.errors import UserError
+from kd.util.errors import UserError, say
 
 
 def names() -> list[str]:
@@ -63,8 +65,11 @@ def download_weights(entry) -> dict[str, torch.Tensor]:
         UserError: it is not there and cannot be downloaded; the message names the file and its place.
     """
     file = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(entry.url)
+    if not file.exists():
+        say(f"downloading {entry} to {file}")
     try:
-        state = entry.get_state_dict(progress=False)
+        with contextlib.redirect_stdout(io.StringIO()):  # torch's own line for the same
+            state = entry.get_state_dict(progress=False)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

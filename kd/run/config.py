@@ -33,7 +33,7 @@ Seconds = restricted_number_type("Seconds", int, [(">=", 1), ("<=", 10**7)])
 # Fields that do not change what a run computes: a run resumes when only these differ.
 FREE_FIELDS = (
     *("output_dir", "overwrite", "trust_code", "report_to", "project", "group", "tags", "notes", "log_media"),
-    *("checkpoint_every", "num_threads", "peer_timeout"),
+    *("checkpoint_every", "keep_checkpoints", "num_threads", "peer_timeout"),
     *("data.cache_dir", "data.download_dir", "data.store", "data.num_workers", "data.device_share"),
 )
 
@@ -297,6 +297,8 @@ class TrainConfig:
     """steps between two lines of metrics.jsonl"""
     checkpoint_every: PositiveInt | None = None
     """steps between two checkpoints; null for one at the end of each epoch"""
+    keep_checkpoints: NonNegativeInt = 1
+    """how many of the newest checkpoints stay when the run has ended; until then two at least, lest one be damaged"""
     peer_timeout: Seconds = 600
     """seconds that a process waits for the others in a step before it takes them for dead"""
     num_threads: Threads | None = None

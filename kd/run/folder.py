@@ -6,7 +6,7 @@ model.safetensors   the network's weights
 config.json         what is needed to load the network: its name, classes, preprocessing, the weights' checksum
 metrics.jsonl       one line a log interval and one an epoch
 summary.json        the results; its presence means that the run is finished
-checkpoints/        the newest two states to resume from
+checkpoints/        states to resume from: the newest two, of a finished run the newest
 NAME/               another network that the run keeps, as a finished run of its own
 """
 
@@ -33,7 +33,7 @@ FILES = ("config.yaml", "inputs.json", "model.safetensors", "config.json", "metr
 _STEP = f"step_{'[0-9]' * 8}"
 # What a run and its trackers and exports write beside these; all else in the folder is the user's.
 _FOLDERS = {
-    "checkpoints": (_STEP, f"{_STEP}.tmp-*", f".tmp-{_STEP}", f"damaged_{_STEP}"),
+    "checkpoints": (_STEP, f"{_STEP}.tmp-*", f".tmp-{_STEP}", f"damaged_{_STEP}", "frozen.safetensors"),
     "wandb": ("run-*", "offline-run-*", "latest-run", "debug*.log", "artifacts"),
     "tensorboard": ("events.out.tfevents.*", "over_*", "[0-9]*.[0-9]*"),
     "export": ("onnx", "torch", "safetensors", "hub"),
@@ -285,11 +285,24 @@ class Run:
             written["summary.json"] = (json.dumps(summary, indent=2) + "\n").encode()
             for file, content in written.items():
                 write_atomic(folder / file, content)
+        self._drop_checkpoints(self.config.get("keep_checkpoints", 0))
         names = sorted(path.name for path in self.folder.iterdir() if path.name[0] != ".")
         say(f"wrote {self.folder}/: {', '.join(names)}")
 
     def _config_yaml(self, **more: str) -> bytes:
         return yaml.safe_dump({**self.config, **more}, sort_keys=False).encode()
+
+    def _drop_checkpoints(self, keep: int) -> None:
+        """Delete all but the newest checkpoints of a finished run; with none left, what they have in common too."""
+        folder, patterns = self.folder / "checkpoints", _FOLDERS["checkpoints"]
+        if keep:
+            dropped = sorted(folder.glob(_STEP), reverse=True)[keep:]
+        else:
+            dropped = [path for pattern in patterns for path in folder.glob(pattern)]
+        for path in dropped:
+            delete(path, self.folder)
+        with suppress(OSError):  # it holds a checkpoint, or something of the user's
+            folder.rmdir()
 
     def __enter__(self) -> Run:
         return self

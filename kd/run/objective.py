@@ -24,18 +24,26 @@ ARGUMENTS = re.compile(r"^    (\w+(?:, \w+)*): .*(?:\n {8}.*)*", re.M)  # one en
 
 def change_losses(losses: list, flags: list[tuple[str, str]]) -> None:
     """Set arguments of those losses of a parsed list that a flag names: `--losses.KL.temperature 8`; of several with
-    one name, of all."""
+    one name, of all; the loss of a `Term` is one of them."""
+    losses = [each for loss in losses for each in (loss, loss.init_args.get("loss")) if hasattr(each, "class_path")]
     names = [loss.class_path.rpartition(".")[2] for loss in losses]
     for flag, value in flags:
         if not (match := CHANGE.fullmatch(flag)):
             continue
         name, argument = match.groups()
         if name not in names:
-            raise unknown(f"loss in --{flag}", name, names, "these are the objective's")
+            raise unknown(f"loss in --{flag}", name, {*names}, "these are the objective's")
         for loss in (loss for loss, its in zip(losses, names, strict=True) if its == name):
             if argument not in (known := arguments_of(loss.class_path)):
                 raise unknown(f"argument of {name}", argument, list(known), "see --losses.help " + name)
             loss.init_args[argument] = _value(flag, value)
+
+
+def can_be_true(flag: str) -> bool:
+    """Whether a flag `losses.NAME.ARGUMENT` sets a boolean of a loss that is known without an import."""
+    match = CHANGE.fullmatch(flag)
+    parameter = arguments_of(match[1]).get(match[2]) if match else None
+    return parameter is not None and parameter.annotation in (bool, "bool")
 
 
 def _value(flag: str, text: str):

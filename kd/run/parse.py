@@ -24,7 +24,7 @@ from kd.run.config import (
     TeacherConfig,
 )
 from kd.run.messages import explain, unknown_field
-from kd.run.objective import CHANGE, change_losses, explain_loss, with_defaults
+from kd.run.objective import CHANGE, can_be_true, change_losses, explain_loss, with_defaults
 from kd.util.errors import UserError
 from kd.util.own_code import blamed
 from kd.util.yaml_files import read_yaml
@@ -78,6 +78,8 @@ def parse(config_class, argv: list[str] | None, positional: str | None = None):
         raise UserError("a value is nested too deeply, or holds itself") from None
     if positional:
         setattr(config, positional, values[positional])
+    if "losses" in fields and not config.losses:
+        raise UserError("no loss is given; add one to losses, for example --losses+=CrossEntropy")
     resolved = yaml.safe_load(parser.dump(namespace, skip_unset=False))
     config.resolved = {name: value for name, value in resolved.items() if name in fields}
     if "overwrite" in fields:
@@ -139,11 +141,11 @@ def _read_flags(argv: list[str], fields: dict[str, type], positional: str | None
         if name not in fields and not name.startswith(_INNER):
             raise unknown_field(name, fields)
         if not given:
-            can_be_true = fields.get(name) is bool or bool in get_args(fields.get(name))
+            boolean = fields.get(name) is bool or bool in get_args(fields.get(name)) or can_be_true(name)
             follows = bool(rest) and not rest[0].startswith("--")
-            if follows and not (can_be_true and positional and rest[0].lower() not in ("true", "false")):
+            if follows and not (boolean and positional and rest[0].lower() not in ("true", "false")):
                 value = rest.popleft()
-            elif can_be_true:
+            elif boolean:
                 value = "true"
             else:
                 raise UserError(f"--{name} has no value")

@@ -128,17 +128,22 @@ class Tracker:
             say(f"the tracker failed ({reason}); from here on the numbers are in {self._run.job.folder} alone")
             self._run = None
 
-    def finish(self, summary: dict | None = None, outcome: Outcome | None = None, signal: int = 0) -> None:
-        """Close the record; with a summary, its numbers become the tracker run's, and so does what `outcome` shows.
+    def finish(self, summaries: dict[str, dict] | None = None, outcome: Outcome | None = None, signal: int = 0) -> None:
+        """Close the record; the first summary's numbers become the tracker run's, and so does what `outcome` shows.
 
         Args:
+            summaries: of the kept networks by name, the run's own first.
             signal: of the signal that stopped the run before its end, the number.
         """
         if self._file is None:
             return
+        summary = next(iter(summaries.values())) if summaries else None
         if summary is not None:
-            place = {axis: self._last[axis] for axis in AXES if axis in self._last}
-            self.log({**place, **{f"test/{name}": summary[f"test_{name}"] for name in ("accuracy", "nll", "ece")}})
+            row = {axis: self._last[axis] for axis in AXES if axis in self._last}
+            for network, each in summaries.items():
+                prefix = "test" if each is summary else f"test/{network}"
+                row |= {f"{prefix}/{name}": each[f"test_{name}"] for name in ("accuracy", "nll", "ece")}
+            self.log(row)
         self._file.close()
         self._file = None
         if (run := self._run) is not None:

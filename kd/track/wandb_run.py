@@ -18,7 +18,10 @@ from kd.util.errors import say
 from kd.util.files import delete
 
 # The summary holds the best of these, and it is known which way is better; the others' last values.
-BEST = {"val/accuracy": "max", "val/nll": "min", "train/loss": "min", "epoch/loss": "min"}
+BEST = {
+    **dict.fromkeys(("train/accuracy", "epoch/accuracy", "val/accuracy"), "max"),
+    **dict.fromkeys(("train/loss", "epoch/loss", "val/nll"), "min"),
+}
 # Seconds in which what is left is sent when a run ends; else one whose server is gone would never end. Less than the
 # two minutes between a job's signal and its end. WANDB_FINISH_TIMEOUT, W&B's own, says otherwise.
 FINISH_SECONDS = 90

@@ -50,7 +50,7 @@ def conclude(fitted: Fitted, data: Data, config, accelerator, run: Run) -> int:
         teachers = _teachers(config, data, accelerator)
         rows = hardest(data.test, *measured[first], data.classes, teachers, accelerator.device)
         shown = Outcome(data.classes, *measured[first], rows)
-    fitted.tracker.finish(summaries[first], shown)
+    fitted.tracker.finish(summaries, shown)
     for name in networks:
         whose = f" of {name}" if len(networks) > 1 else ""
         say(f"test accuracy{whose} {summaries[name]['test_accuracy']:.2f} %")

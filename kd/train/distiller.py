@@ -16,6 +16,7 @@ from kd import keyed
 from kd.losses import Loss, Setting, Term
 from kd.outputs import Batch, Outputs
 from kd.students import Learner
+from kd.train.meter import count_right
 from kd.train.trial import scalar
 from kd.util.errors import UserError, unknown
 
@@ -43,6 +44,7 @@ class Distiller(nn.Module):
 
     Attributes:
         losses: every pair's loss by the name under which it is logged.
+        right: of the last forward, by kept network how many images it gives the class of their label: a scalar.
 
     Raises:
         UserError: there is no loss, a name or a tap does not exist, or the features' shapes do not suit a loss.
@@ -61,6 +63,7 @@ class Distiller(nn.Module):
         if not losses:
             raise UserError("no loss is given; add one to losses, for example CrossEntropy")
         self.learner, self.losses, self._pairs = learner, nn.ModuleDict(), {}
+        self.right: dict[str, Tensor] = {}
         self._words = [self._add(term, teachers) for term in map(Term.of, losses)]
         joined = {*learner.untrained, *(pair.student for pair in self._pairs.values())}
         if idle := [name for name in learner.names if name not in joined]:
@@ -135,6 +138,7 @@ class Distiller(nn.Module):
             teachers: outputs by name of those that are not part of the learner, float32.
         """
         outputs = {name: part.float() for name, part in self.learner(batch).items()}
+        self.right = count_right({name: outputs.get(name) for name in self.learner.networks}, batch.labels)
         # Half precision has too few bits for a logarithm of a small probability: losses always run in float32.
         with torch.autocast(batch.labels.device.type, enabled=False):
             pairs = {name: pair for name, pair in self._pairs.items() if pair.turn in (None, batch.turn)}

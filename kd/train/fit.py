@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from accelerate import Accelerator
 
 from kd.data import Data, TrainBatches
@@ -12,17 +11,16 @@ from kd.run.folder import Run
 from kd.teachers import Teachers
 from kd.track import Tracker
 from kd.train import zero
-from kd.train.checkpoint import Progress, load_newest, save_checkpoint
+from kd.train.checkpoint import Progress
 from kd.train.distiller import Distiller
 from kd.train.ending import Ending
 from kd.train.engine import Engine, ZeroEngine
-from kd.train.kept import Best, Kept
+from kd.train.kept import Kept
 from kd.train.optim import learning_rate, total_steps
 from kd.train.recorder import Recorder
+from kd.train.saver import Saver
 from kd.train.standing import Standing
 from kd.train.step import take_step
-from kd.util.errors import UserError, say
-from kd.util.gathers import all_finite
 from kd.util.processes import StopSignal, answering_roll_calls
 
 
@@ -57,13 +55,14 @@ def fit(
     run.begin(kept=list(distiller.learner.networks)[1:])
     accelerator.wait_for_everyone()
     rank, world = accelerator.process_index, accelerator.num_processes
+    saver = Saver(run, distiller, config)
     engine = (ZeroEngine if zero.wanted(world) else Engine)(distiller, config, accelerator)
     data = data.on_device(accelerator.device, config.data.device_share)
     batches = TrainBatches(
         data.train, data.batch_size, config.seed, rank, world, data.views, config.accumulate, len(data.classes)
     )
     per_epoch, total = batches.steps_per_epoch, total_steps(config, data)
-    progress, best = _resume(run, engine)
+    progress, best = saver.resume(engine)
     kept = Kept(distiller.learner, accelerator, best, data.train, config.accumulate)
     standing = Standing(config, progress.standing)
     recorder = Recorder(distiller, config, accelerator, run, total, batches.images_seen, progress)
@@ -83,51 +82,16 @@ def fit(
             if logs:
                 recorder.interval(lr, norm)
             if epoch_ends:
-                kept.refresh()  # what is measured is what is saved
-                recorder.epoch(kept.validate(data.val, data.batch_size, epoch, progress, standing))
+                with recorder.meter.aside():
+                    kept.refresh()  # what is measured is what is saved
+                    validation = kept.validate(data.val, data.batch_size, epoch, progress, standing)
+                recorder.epoch(validation)
             ending.received = stop.agreed()
             due = progress.step % config.checkpoint_every == 0 if config.checkpoint_every else epoch_ends
             if ending.received or due or ending.reached:
-                _save(run, engine, progress, recorder, kept.best)
+                saver.save(engine, progress, recorder, kept.best)
         if ending.signal:  # it may be sent again
             stop.ignore_repeats()
     batches.close()
     ending.finish(kept, recorder, data, standing)
     return Fitted(kept, recorder.tracker, progress, ending.signal, ending.stopped_by)
-
-
-def _save(run: Run, engine: Engine, progress: Progress, recorder: Recorder, best: Best) -> None:
-    run.require()
-    accelerator, meter = engine.accelerator, recorder.meter
-    meter.check()  # what is not finite must never be kept
-    if not all_finite(list(engine.distiller.state_dict().values()), accelerator):
-        raise meter.not_finite("the weights are", progress.step)
-    progress.sums, progress.seconds = meter.state(), recorder.seconds
-    progress.metrics_bytes = recorder.tracker.num_bytes
-    progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    tensors = engine.tensors()
-    if best:
-        tensors["best"] = {f"{name}.{key}": value for name, state in best.items() for key, value in state.items()}
-    if accelerator.is_main_process:
-        save_checkpoint(run.folder / "checkpoints", progress, tensors)
-    meter.saved_step = progress.step
-
-
-def _resume(run: Run, engine: Engine) -> tuple[Progress, Best]:
-    accelerator, best = engine.accelerator, {}
-    progress, tensors = load_newest(run.folder / "checkpoints") or (Progress(), {})
-    steps = accelerator.gather(torch.tensor([progress.step], device=accelerator.device)).tolist()
-    if len(set(steps)) > 1:
-        raise UserError(
-            f"the processes see different checkpoints in {run.folder} (steps {steps}); "
-            f"put output_dir on a disk that all nodes share"
-        )
-    if tensors:
-        engine.load(tensors)
-        if progress.scaler is not None and accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(progress.scaler)
-        say(f"resuming after step {progress.step}")
-    for key, value in tensors.get("best", {}).items():
-        name, _, key = key.partition(".")
-        best.setdefault(name, {})[key] = value
-    return progress, best

@@ -29,7 +29,8 @@ class Recorder:
     ):
         self._epochs, self._images_seen, self._max_seconds = config.epochs, images_seen, seconds_of(config.max_time)
         self.tracker = Tracker(accelerator, run, config, distiller.objective(), progress.metrics_bytes)
-        self.meter = Meter(list(distiller.losses), accelerator, progress.sums, config.optimizer.lr, progress.step)
+        self._terms, networks, lr = list(distiller.losses), list(distiller.learner.networks), config.optimizer.lr
+        self.meter = Meter(self._terms, networks, accelerator, progress.sums, lr, progress.step)
         self._started = time.perf_counter() - progress.seconds
         hidden = None if accelerator.is_main_process else True
         self._bar = tqdm(total=total, initial=progress.step, unit="step", dynamic_ncols=True, disable=hidden)
@@ -59,15 +60,16 @@ class Recorder:
         self._bar.set_postfix_str("  ".join([*terms, f"{row['images_per_second']:,.0f} images/s"]))
 
     def epoch(self, validation: dict[str, float]) -> None:
-        """Log the means of the epoch's terms and its validation, and print both."""
+        """Log the means of the epoch's terms, its accuracy in training and its validation, and print all."""
         row = self.meter.end_epoch() | validation
         self.tracker.log({**self._place, **row})
-        names = [name for name in self.meter.names if name != "loss" and f"epoch/{name}" in row]
+        names = [name for name in self._terms if f"epoch/{name}" in row]
         terms = ", ".join(f"{name} {row[f'epoch/{name}']:.4f}" for name in names)
         accuracies = [(key.removesuffix("accuracy"), value) for key, value in row.items() if key.endswith("accuracy")]
-        val = "".join(f"  {key.replace('/', ' ')}{value:.2f} %" for key, value in accuracies)
+        words = [(key.replace("epoch/", "train/").replace("/", " "), value) for key, value in accuracies]
+        shown = "".join(f"  {word}{value:.2f} %" for word, value in words)
         where, speed = f"epoch {self._place['epoch']}/{self._epochs}", row["epoch/images_per_second"]
-        line = f"{where}  loss {row['epoch/loss']:.4f} ({terms}){val}  {speed:,.0f} images/s"
+        line = f"{where}  loss {row['epoch/loss']:.4f} ({terms}){shown}  {speed:,.0f} images/s"
         say(line) if self._bar.disable else self._bar.write(line)
 
     def validation(self, step: int, epoch: int, found: dict[str, float]) -> None:

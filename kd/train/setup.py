@@ -155,7 +155,8 @@ def build_trained(name: str, data: Data, config) -> Classifier:
     settings = config.data
     view = View(settings.resize, settings.crop, settings.channels, settings.mean, settings.std, data.image_shape[1:])
     torch.manual_seed(config.seed)
-    classifier = build_classifier(name, data.classes, view, config.model_args, config.weights, config.freeze_backbone)
+    freeze = config.freeze_backbone and not config.init_from
+    classifier = build_classifier(name, data.classes, view, config.model_args, config.weights, freeze)
     if config.init_from:
         first = load_classifier(config.init_from, trust=config.trust_code)
         if first.classes != data.classes:
@@ -167,6 +168,8 @@ def build_trained(name: str, data: Data, config) -> Classifier:
                 f"init_from {config.init_from!r} holds a {first.recipe['model']} with {first.recipe['model_args']}, "
                 f"which does not fit {name} with {config.model_args}"
             ) from None
+        if freeze:
+            classifier.freeze_backbone()
     check_images(classifier, data, name)
     return classifier
 

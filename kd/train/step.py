@@ -35,7 +35,9 @@ def take_step(
             engine.settle(partial(forward_backward, last=True))
             _seed(device, draws)
         terms = forward_backward(last=not micro)
-        meter.add(terms, len(batch.labels) if share else 0, step)
+        labelled = batch.labels if batch.labelled is None else batch.labelled
+        # a process without images has one in place of none, so that all take part
+        meter.add(terms, len(batch.labels) if share else 0, step, engine.distiller.right, len(labelled))
     norm = engine.update(logs, learner.still(turn))
     with torch.no_grad():
         learner.after_step(step)

@@ -343,6 +343,23 @@ def test_no_network_for_weights(refused, tmp_path, monkeypatch):
     refused(("--model", "resnet18", "--weights", "imagenet"), ["cannot get the weights", "unreachable", "https", where])
 
 
+def test_a_download_of_weights_is_one_line_of_ours(tmp_path, monkeypatch, capsys):
+    from kd.models.torchvision_nets import download_weights, pretrained
+
+    def download(url, file, *_, **__):
+        torch.save({"a": torch.ones(1)}, file)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    entry = pretrained("squeezenet1_1", "imagenet")
+    for _ in range(2):
+        assert download_weights(entry).keys() == {"a"}
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    (line,) = printed.out.splitlines()
+    assert line.startswith(f"downloading {entry} to {tmp_path}")
+
+
 @pytest.mark.parametrize("flag", ["--output_dir", "--data.cache_dir"])
 def test_a_folder_cannot_be_made_below_a_file(train, out, image_folder, flag):
     (out / ".file").write_bytes(NOTES)

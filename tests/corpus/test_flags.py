@@ -119,6 +119,10 @@ def test_what_can_be_true_may_stand_alone():
     config = parse(TeacherConfig, ["--overwrite", "--compile", "--data.flip", "--seed", "3", "--deterministic"])
     assert (config.overwrite, config.compile, config.data.flip, config.deterministic) == (True, True, True, True)
     assert parse(TeacherConfig, ["--log_media", "false"]).log_media is False
+    config = parse(DistillConfig, ["--teacher", "t", "--losses.KL.standardize", "--seed", "3"])
+    assert (config.losses[0].standardize, config.seed) == (True, 3)
+    with pytest.raises(UserError, match=r"--losses\.KL\.temperature has no value"):
+        parse(DistillConfig, ["--teacher", "t", "--losses.KL.temperature"])
     evaluated = parse(EvaluateConfig, ["--trust_code", "runs/a", "--latency", "false", "runs/b"], positional="runs")
     assert (evaluated.trust_code, evaluated.latency, evaluated.runs) == (True, False, ["runs/a", "runs/b"])
 
@@ -140,11 +144,22 @@ def test_what_is_printed_is_what_runs(capsys):
     assert printed["losses"][0]["init_args"]["temperature"] == 8.0
 
 
+def test_a_flag_changes_the_loss_inside_a_term(capsys):
+    recipe = ["--config", "recipes/digits/mutual.yaml"]
+    config = parse(DistillConfig, [*recipe, "--losses.KL.temperature", "3", "--losses.Term.student", "peer1"])
+    assert [term.student for term in config.losses] == ["peer1", "peer1"]
+    assert config.losses[1].loss.temperature == 3.0
+    assert config.resolved["losses"][1]["init_args"]["loss"]["init_args"]["temperature"] == 3.0
+    with pytest.raises(UserError, match=r"unknown loss in --losses\.DKD\.beta 'DKD'; known: CrossEntropy, KL, Term"):
+        parse(DistillConfig, [*recipe, "--losses.DKD.beta", "3"])
+
+
 @pytest.mark.parametrize(
     ("config_class", "flags", "message"),
     [
         (TeacherConfig, ["--epochs", "0"], "epochs 0"),
         (TeacherConfig, ["--losses", "[KL]"], "KL needs a teacher"),
+        (TeacherConfig, ["--losses", "[]"], "no loss is given"),
         (DistillConfig, [], "teacher is not given"),
         (DistillConfig, ["--teacher", "t", "--losses.KL.temperature", "-1"], "temperature"),
     ],

@@ -19,6 +19,7 @@ def test_names_by_source(call):
     assert "wrn_16_1" in cifar.split("ours, of")[0]
     assert "cifar10_resnet56" in resnets.split("torchvision's")[0]
     assert "mobilenet_v3_small" in others
+    assert max(map(len, result.out.splitlines())) <= 80
 
 
 def test_arguments_of_a_network(call):
@@ -29,9 +30,15 @@ def test_arguments_of_a_network(call):
     assert plain.out.split("parameters")[0] != wide.out.split("parameters")[0]
 
 
+def test_a_name_with_its_source(call):
+    assert call(MODULE, "torchvision:alexnet").out.startswith("torchvision:alexnet: 57,044,810 parameters")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("timm:resnet18",), ["unknown source of networks 'timm'", "known: torchvision"]),
+        (("torchvision:resnt18",), ["did you mean 'resnet18'"]),
         (("resnt18",), ["unknown model 'resnt18'", "did you mean 'resnet18'"]),
         (("nowhere.Net",), ["nowhere.Net"]),
         (("resnet18", "--model_args", "3"), ["--model_args '3'", "{width: 2}"]),

@@ -47,6 +47,15 @@ def test_on_train_only_the_images_whose_label_was_read_count(call, teacher_run, 
     assert row["top1"] == pytest.approx(metrics.accuracy(logits, torch.from_numpy(known.labels)))
 
 
+def test_what_is_said_of_the_same_images_is_said_once(call, teacher_run, tmp_path):
+    arguments = ("--config", "recipes/digits/student.yaml", "--data.num_train", 100, "--max_steps", 1)
+    assert call("train_teacher", *arguments, "--output_dir", tmp_path / "other").status == 0
+    result = call("evaluate", teacher_run, tmp_path / "other", "--latency", "false")
+    assert result.status == 0, result.err
+    lines = [line for line in result.err.splitlines() if line.startswith("data: ")]
+    assert len(lines) == len(set(lines)) == 1
+
+
 @pytest.mark.slow
 def test_numbers_are_those_of_the_network_on_the_test_split(call, teacher_run, student_run, tmp_path):
     result = call("evaluate", teacher_run, student_run, "--json", tmp_path / "r.json", "--report", tmp_path / "report")

@@ -52,8 +52,8 @@ def test_nothing_is_read_between_two_lines_of_the_record(
 ):
     add, flush = Meter.add, Meter.flush
 
-    def added(self, terms, num_images, step):
-        add(self, terms, num_images, step)
+    def added(self, terms, num_images, step, *right):
+        add(self, terms, num_images, step, *right)
         reads.open = step % 4 < 2  # of an epoch's four steps: from the first one's backward pass to the third one's
         reads.calls["steps"] += 1
 
