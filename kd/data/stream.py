@@ -87,7 +87,7 @@ def in_workers(function: Callable, arguments: Iterable, workers: int, pin: bool 
     try:
         for result in results:
             if isinstance(result, Exception):
-                raise result
+                raise type(result)(*result.args)  # one that a local name holds would keep this frame and the workers
             yield result
     finally:
         end.cancel()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -117,6 +119,21 @@ def test_workers_keep_order_and_leave_the_generators_alone():
     results = in_workers(os.path.join, [("a"), ("b"), ("c")], 2)
     assert list(results) == ["a", "b", "c"]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def refuse(number: int) -> None:
+    raise UserError(f"no {number}")
+
+
+def test_after_an_error_no_worker_is_left_for_which_python_would_wait():
+    before = set(multiprocessing.active_children())
+    gc.disable()
+    try:
+        with pytest.raises(UserError, match=r"^no 0$"):
+            list(in_workers(refuse, [0, 1, 2], 2))
+        assert set(multiprocessing.active_children()) == before
+    finally:
+        gc.enable()
 
 
 def test_a_thread_reads_ahead_in_order_and_hands_on_errors():
