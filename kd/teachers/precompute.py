@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import shutil
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -72,7 +71,8 @@ def precompute_backbone(data: Data, learner, config, accelerator, run) -> Data:
 
     @torch.no_grad()
     def both(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        with _inputs_of(head) as kept, accelerator.autocast():
+        kept: list[Tensor] = []
+        with head.register_forward_pre_hook(lambda _, given: kept.append(given[0])), accelerator.autocast():
             logits = frozen.logits(inputs)
         return kept[0].float(), logits
 
@@ -188,17 +188,6 @@ class _Frozen:
         if self.config.precompute == "auto" and found < MIN_FOUND:
             return f" (of a table of {views.count} views {found:.0%} would be found; --precompute always makes one)"
         return "table"
-
-
-@contextmanager
-def _inputs_of(module: nn.Module):
-    """A list of what is put into a module meanwhile."""
-    kept: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
-    try:
-        yield kept
-    finally:
-        handle.remove()
 
 
 def _backbone_hash(classifier: Classifier) -> str:
