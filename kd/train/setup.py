@@ -152,8 +152,11 @@ def build_trained(name: str, data: Data, config) -> Classifier:
     Raises:
         UserError: unknown names, weights that do not fit, images of the wrong size.
     """
-    settings = config.data
-    view = View(settings.resize, settings.crop, settings.channels, settings.mean, settings.std, data.image_shape[1:])
+    settings, (height, width), crop = config.data, data.image_shape[1:], config.data.crop
+    if height != width and crop is None and settings.resize and min(height, width) > 2 * settings.resize:
+        crop = settings.resize  # as they would be stored, did not another network need them larger
+        say(f"data: of images of {width}x{height} the network sees the middle square, {crop}x{crop}")
+    view = View(settings.resize, crop, settings.channels, settings.mean, settings.std, (height, width))
     torch.manual_seed(config.seed)
     freeze = config.freeze_backbone and not config.init_from
     classifier = build_classifier(name, data.classes, view, config.model_args, config.weights, freeze)

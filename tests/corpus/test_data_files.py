@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_image
 from filelock import FileLock
 from PIL import Image
 
 from kd.data import load_data
 from kd.data.decode import UnreadableImage, open_image, read_image
+from kd.models import load_classifier
+from kd.models.preprocess import centre_crop, resize_shorter_side
 from kd.run.config import DataConfig
 from kd.util.errors import UserError
 
@@ -288,8 +292,6 @@ def test_what_is_read_of_parquet_files_is_copied_to_the_cache_alone(tables, load
 
 
 def test_a_report_on_parquet_files_reads_the_run_s_columns_and_writes_nothing_elsewhere(tables, load, tmp_path):
-    import torch
-
     from kd.measure.evaluation import Measured
     from kd.report import _file_name
 
@@ -300,6 +302,36 @@ def test_a_report_on_parquet_files_reads_the_run_s_columns_and_writes_nothing_el
     measured = Measured("run", row, torch.zeros(2, 2), torch.zeros(2), view)
     assert _file_name(measured, 1, str(tmp_path / "cache")) == f"{folder} test row 1"
     assert set(Path.cwd().iterdir()) == here
+
+
+def test_a_student_sees_images_that_are_not_square_as_it_does_without_a_larger_teacher(call, tmp_path):
+    for split, place in itertools.product(("train", "test"), range(8)):
+        pixels = np.random.default_rng(place).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        file = tmp_path / "wide" / split / "ab"[place % 2] / f"{place}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(file)
+    common = ("--data.source", tmp_path / "wide", "--data.val_fraction", 0, "--data.cache_dir", tmp_path / "cache")
+    common = (*common, "--data.batch_size", 8, "--max_steps", 1, "--report_to", "none")
+    seen = {}
+    for name, resize, script in (
+        ("teacher", 30, "train_teacher"),
+        ("alone", 12, "train_teacher"),
+        ("kd", 12, "distill"),
+    ):
+        network = (
+            ("--student", "resnet8", "--teacher", tmp_path / "teacher") if name == "kd" else ("--model", "resnet8")
+        )
+        result = call(script, *network, *common, "--data.resize", resize, "--output_dir", tmp_path / name)
+        assert result.status == 0, result.err
+        images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        preprocess = load_classifier(tmp_path / name).preprocess
+        if name == "alone":  # its images are stored as squares
+            images = centre_crop(resize_shorter_side(images.float(), 12), 12).round().byte()
+        seen[name] = preprocess(images)
+    assert seen["teacher"].shape == (1, 3, 30, 45)
+    assert "of images of 60x40 the network sees the middle square, 12x12" in result.out
+    assert seen["kd"].shape == seen["alone"].shape == (1, 3, 12, 12)
+    assert (seen["kd"] - seen["alone"]).abs().max() < 0.02  # a level of 255, which is what storing rounds
 
 
 # What is kept of them
