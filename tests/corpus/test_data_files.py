@@ -18,7 +18,7 @@ from kd.data.decode import UnreadableImage, open_image, read_image
 from kd.run.config import DataConfig
 from kd.util.errors import UserError
 
-pytestmark = pytest.mark.first_tier(1, every=3)
+pytestmark = pytest.mark.first_tier(1, every=5)
 
 # Images whose numbers are on another scale than 0 to 255
 
