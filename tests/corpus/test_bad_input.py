@@ -36,7 +36,7 @@ from kd.models import build_network, load_classifier
 from kd.teachers.load import load_teachers
 from kd.train.checkpoint import checkpoints, load_newest
 
-pytestmark = pytest.mark.first_tier(1, every=3)
+pytestmark = pytest.mark.first_tier(1, every=5)
 
 # Names and values
 

@@ -22,7 +22,7 @@ from kd.models.preprocess import centre_crop, resize_shorter_side
 from kd.run.config import DataConfig
 from kd.util.errors import UserError
 
-pytestmark = pytest.mark.first_tier(1, every=3)
+pytestmark = pytest.mark.first_tier(1, every=5)
 
 # Images whose numbers are on another scale than 0 to 255
 

@@ -28,7 +28,7 @@ from refusing import (  # noqa: F401 (fixtures)
 import kd.run.folder
 from kd.train.checkpoint import Progress, checkpoints, load_newest, save_checkpoint
 
-pytestmark = pytest.mark.first_tier(1, every=3)
+pytestmark = pytest.mark.first_tier(1, every=5)
 
 # Checkpoints
 

@@ -15,7 +15,7 @@ from refusing import _one_thread, contents, during, finished, out, runs, stopped
 import kd
 from kd.util.errors import UserError
 
-pytestmark = pytest.mark.first_tier(1, every=3)
+pytestmark = pytest.mark.first_tier(1, every=5)
 
 ODD = (5, {"a": 5}, None)
 # (file, the field in it, the odd values that it may have)

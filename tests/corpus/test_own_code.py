@@ -12,7 +12,7 @@ from refusing import _one_thread, losses, out, refused, runs, teacher, train  # 
 
 from kd.models import load_classifier, state_hash
 
-pytestmark = pytest.mark.first_tier(1, every=3)
+pytestmark = pytest.mark.first_tier(1, every=5)
 
 NETS = """
 import torch

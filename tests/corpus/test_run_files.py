@@ -19,7 +19,7 @@ from kd.tools.export.images import RunImages
 from kd.track import _identity
 from kd.util.errors import UserError
 
-pytestmark = pytest.mark.first_tier(1, every=3)
+pytestmark = pytest.mark.first_tier(1, every=5)
 
 
 def rewrite(run: Path, **fields) -> None:

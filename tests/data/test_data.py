@@ -26,6 +26,8 @@ from kd.models.preprocess import Preprocess, View, centre_crop, resize_shorter_s
 from kd.run.config import DataConfig
 from kd.util.errors import UserError
 
+pytestmark = pytest.mark.first_tier(6)
+
 CPU = torch.device("cpu")
 CLASSES = ["blue", "green", "red"]
 

@@ -32,6 +32,8 @@ from kd.data.stream import AHEAD, Encoded, ahead, in_workers
 from kd.run.config import DataConfig
 from kd.util.errors import UserError
 
+pytestmark = pytest.mark.first_tier(2)
+
 FLIPPED = Views(flip=True, pad_crop=2)
 WORKERS = [0, pytest.param(2, marks=pytest.mark.slow)]  # to start processes takes longer than to decode
 

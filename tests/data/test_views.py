@@ -18,6 +18,8 @@ from kd.data import TrainBatches, Views
 from kd.data.views import colour, crop, mixes, rand, trivial
 from kd.losses import LOSSES
 
+pytestmark = pytest.mark.first_tier(2)
+
 CPU = torch.device("cpu")
 COUNT = 60
 EVERY = Views(

@@ -55,6 +55,7 @@ def reference_cross_entropy(student, labels, smoothing):
     return total / len(student)
 
 
+@pytest.mark.first_tier(3)
 @pytest.mark.parametrize("num_classes", [2, 10, 1000])
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
 def test_kl_equals_the_float64_reference(temperature, num_classes):
@@ -76,6 +77,7 @@ def test_kl_gradient_is_that_of_the_papers_soft_cross_entropy():
     assert torch.autograd.gradcheck(lambda z: kl_divergence(z, teacher, 3.0), student)
 
 
+@pytest.mark.first_tier(3)
 @pytest.mark.parametrize("num_classes", [2, 10, 1000])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cross_entropy_equals_the_float64_reference(num_classes, smoothing):

@@ -20,6 +20,8 @@ from kd.losses.parts import BatchNorm, same_size, unit
 from kd.losses.vid import negative_log_likelihood
 from kd.outputs import Batch, Outputs
 
+pytestmark = pytest.mark.first_tier(3)
+
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.double, generator=torch.Generator().manual_seed(seed))

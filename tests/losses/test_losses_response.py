@@ -37,6 +37,8 @@ from kd.losses.nkd import normalized
 from kd.outputs import Batch, Outputs
 from kd.util.errors import UserError
 
+pytestmark = pytest.mark.first_tier(3)
+
 SHAPES = [(7, 3), (6, 10), (4, 100)]
 
 

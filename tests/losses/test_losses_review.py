@@ -18,6 +18,8 @@ from kd.losses.parts import BatchNorm, average_pool, same_size, unit
 from kd.losses.review import hierarchical_context
 from kd.outputs import Batch, Outputs
 
+pytestmark = pytest.mark.first_tier(3)
+
 
 def draw(*shape, seed=0, dtype=torch.double):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))

@@ -243,6 +243,7 @@ def test_every_format_holds_the_same_numbers_and_stdout_nothing_else(call, teach
             assert f"{group['difference']:+.2f}" in table.out
 
 
+@pytest.mark.slow
 def test_cka_of_tapped_layers_is_that_of_the_features(call, runs, teacher_run):
     result = call(
         "evaluate",
