@@ -34,7 +34,8 @@ class CommandParser(argparse.ArgumentParser):
     """The flags of a `python -m kd...` command, in full words; a mistake is one line, as everywhere."""
 
     def __init__(self, **arguments):
-        super().__init__(allow_abbrev=False, **arguments)
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(**{"allow_abbrev": False, "formatter_class": form, **arguments})
 
     def add_trust(self) -> None:
         """The flag `--trust_code true` of the commands that load runs."""
