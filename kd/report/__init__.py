@@ -33,23 +33,20 @@ def write_report(folder: Path, results: list[Measured], groups: list[dict]) -> l
     from kd.report import plots
 
     folder.mkdir(parents=True, exist_ok=True)
-    records = [Record(result.name) for result in results]
-    students = [result for result in results if result.teacher_logits is not None]
-    first = [next((s for s in students if s.name == group["runs"][0]), None) for group in groups]
-    first = [student for student in first if student is not None][:MOST_STUDENTS]
-    said = content(results, groups)
-    said["differences"] = [differences(student, MOST_IMAGES // len(first)) for student in first]
-    said["soft_targets"] = soft_targets(students)
+    students = {result.name: result for result in results if result.teacher_logits is not None}
+    firsts = [students[group["runs"][0]] for group in groups if group["runs"][0] in students][:MOST_STUDENTS]
+    found = content(results, groups)
+    found["differences"] = [differences(student, MOST_IMAGES // len(firsts)) for student in firsts]
+    found["soft_targets"] = soft_targets(list(students.values()))
     pictures: dict[tuple[str, int], str] = {}
-    known = {student.name: student for student in students}
-    for part in (*said["differences"], *said["soft_targets"]):
-        student = known[part["run"]]
+    for part in (*found["differences"], *found["soft_targets"]):
+        student = students[part["run"]]
         for image in part["images"]:
             pictures[part["run"], image["image"]] = _picture(student.view, image["image"])
             image["file"] = _file_name(student, image["image"])
     files = {
-        "index.html": report_page(said, records, pictures),
-        "results.json": to_json(said),
+        "index.html": report_page(found, [Record(result.name) for result in results], pictures),
+        "results.json": to_json(found),
         "report.md": to_markdown(results, groups, "accuracy_vs_cost.png").encode(),
         "accuracy_vs_cost.png": plots.png(plots.accuracy_against_cost([result.row for result in results])),
     }
@@ -66,29 +63,26 @@ def differences(student: Measured, most: int) -> dict:
         `most` of the `images`, of each kind those that both networks are surest of: each one's position in the split,
         `kind`, `label`, and for `student` and `teacher` the class and its probability.
     """
-    logits, theirs, labels = student.logits, student.teacher_logits, student.labels
-    mine, other = logits.argmax(1), theirs.argmax(1)
-    only_mine, only_theirs = metrics.only_one_right(logits, theirs, labels)
-    wrong = (mine != labels) & (other != labels) & (mine != other)
-    kinds = {"only_teacher_right": only_theirs, "only_student_right": only_mine}
-    kinds["both_wrong"] = wrong.nonzero()[:, 0].tolist()
-    names, images = list(student.row["per_class"]), []
-    used = [kind for kind, places in kinds.items() if places]
+    labels, names, images = student.labels, list(student.row["per_class"]), []
+    mine, theirs = (logits.argmax(1) for logits in (student.logits, student.teacher_logits))
+    right, known = mine == labels, theirs == labels
+    kinds = {"only_teacher_right": known & ~right, "only_student_right": right & ~known}
+    kinds["both_wrong"] = ~right & ~known & (mine != theirs)
+    kinds = {kind: where.nonzero()[:, 0] for kind, where in kinds.items()}
+    used = [kind for kind, places in kinds.items() if len(places)]
     for kind in used:
-        places = torch.tensor(kinds[kind])
-        sure = [part[places].double().softmax(1).nan_to_num().amax(1) for part in (logits, theirs)]
+        places = kinds[kind]
+        sure = [
+            part[places].double().softmax(1).nan_to_num().amax(1) for part in (student.logits, student.teacher_logits)
+        ]
         order = (sure[0] + sure[1]).argsort(descending=True, stable=True)[: max(1, most // len(used))].tolist()
         for i in order:
             place = places[i].item()
-            images.append(
-                {
-                    "image": place,
-                    "kind": kind,
-                    "label": names[labels[place]],
-                    "student": {"class": names[mine[place]], "probability": sure[0][i].item()},
-                    "teacher": {"class": names[other[place]], "probability": sure[1][i].item()},
-                }
-            )
+            answers = {
+                who: {"class": names[best[place]], "probability": p[i].item()}
+                for who, best, p in zip(("student", "teacher"), (mine, theirs), sure, strict=True)
+            }
+            images.append({"image": place, "kind": kind, "label": names[labels[place]], **answers})
     return {"run": student.name, "counts": {kind: len(places) for kind, places in kinds.items()}, "images": images}
 
 
@@ -100,11 +94,10 @@ def soft_targets(students: list[Measured]) -> list[dict]:
         different classes, those of which it is most nearly 80 % sure: each one's position, `label`, likeliest `classes`
         and for each temperature their `probabilities`, and where there are more classes that of all others.
     """
-    found: dict[tuple, list[Measured]] = {}
+    found, parts = {}, []
     for student in students:
-        names = student.row["teacher"]
-        found.setdefault((str(names), student.row["config"]["teacher_mean"], student.row["images"]), []).append(student)
-    parts = []
+        row = student.row
+        found.setdefault((str(row["teacher"]), row["config"]["teacher_mean"], row["images"]), []).append(student)
     for taught in list(found.values())[:MOST_TEACHERS]:
         first, names = taught[0], taught[0].row["teacher"]
         losses = [loss for s in taught for loss in s.row["config"].get("losses") or []]
