@@ -231,7 +231,7 @@ def _shared(names: list[str]) -> str:
 def _describe(name: str, rows: list[dict]) -> dict:
     notes, seeds = [], [json.dumps([row["seed"], row["config"].get("teacher")]) for row in rows]
     if len(set(seeds)) < len(rows):
-        notes.append(f"{name}: its runs of equal seed are not independent; their spread says nothing")
+        notes.append(f"{name}: its runs of equal seed are not independent; their spread means nothing")
     return {
         "name": name,
         "runs": [row["run"] for row in rows],

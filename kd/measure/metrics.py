@@ -1,4 +1,4 @@
-"""What is said of predictions: functions of all logits (N, K) and labels (N,), so that nothing is averaged twice."""
+"""Metrics of predictions: functions of all logits (N, K) and labels (N,), so that nothing is averaged twice."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def brier_score(logits: Tensor, labels: Tensor) -> float:
 
 
 def reliability(logits: Tensor, labels: Tensor, num_bins: int = 15) -> list[dict]:
-    """The reliability diagram: what is said and what is true in bins of equal width of the highest probability.
+    """The reliability diagram: confidence and accuracy in bins of equal width of the highest probability.
 
     Returns:
         A bin's `low` and `high` (it is (low, high]), its `count`, and the mean `confidence` and the `accuracy` of its
@@ -117,8 +117,8 @@ def agreement(logits: Tensor, other: Tensor, top: int = 1) -> float:
 
 def kl_divergence(teacher: Tensor, student: Tensor) -> float:
     """Mean over images of KL(teacher || student) of the probabilities at temperature 1, in nats; logits (N, K)."""
-    said, learned = teacher.double().log_softmax(1), student.double().log_softmax(1)
-    return F.kl_div(learned, said, log_target=True, reduction="batchmean").item()
+    target, learned = teacher.double().log_softmax(1), student.double().log_softmax(1)
+    return F.kl_div(learned, target, log_target=True, reduction="batchmean").item()
 
 
 def only_one_right(logits: Tensor, other: Tensor, labels: Tensor) -> tuple[list[int], list[int]]:

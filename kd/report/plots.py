@@ -1,8 +1,8 @@
 """Plots of runs, for a notebook and for the report: each function returns a matplotlib figure.
 
-`runs` are those of `kd.runs("runs/")` or rows of `kd.results("report")["runs"]`. Nothing is told by colour alone: the
-palette (Okabe and Ito's, its light colours darkened) is told apart by the colour-blind and stands out from white and
-from black, and each series has a marker and a line of its own.
+`runs` are those of `kd.runs("runs/")` or rows of `kd.results("report")["runs"]`. Nothing is shown by colour alone: the
+palette (Okabe and Ito's, its light colours darkened) can be told apart by the colour-blind and stands out from white
+and from black, and each series has a marker and a line of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kd.report.tables import short_names
 INK = "#1b1e23"  # becomes the text's colour on the page, so that the plots are legible in dark mode too
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c46a9c", "#a87a00", "#7f7f7f")
 MARKERS, LINES = "oDs^vX", ("-", "--", "-.", ":")
-MOST_NAMED = 12  # series or points that are named in a plot; with more of them the numbers beneath tell which is which
+MOST_NAMED = 12  # series or points that are named in a plot; with more of them the numbers beneath show which is which
 MOST_PANELS = 8
 MOST_CLASSES = 20  # of a whole confusion matrix, and of the bars
 _STYLE = {
@@ -290,7 +290,7 @@ def _pair(pair: dict) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG on white; the same bytes for a figure drawn anew from the same numbers."""
+    """The figure as a PNG on white; the same bytes for each figure of the same numbers."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # of a name's script that the font lacks
@@ -306,7 +306,7 @@ def svg(figure: Figure, key: str, title: str, description: str) -> str:
 
     Args:
         key: in front of the ids in it, which must be the page's only ones.
-        title, description: what a screen reader says in its place.
+        title, description: what a screen reader reads in its place.
     """
     buffer = io.StringIO()
     names = dict.fromkeys(("Creator", "Date", "Format", "Type"))

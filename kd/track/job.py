@@ -1,4 +1,4 @@
-"""What every tracker is told of a run when it starts."""
+"""What every tracker gets of a run when it starts."""
 
 from __future__ import annotations
 

@@ -332,7 +332,7 @@ def test_what_is_there_is_kept_unless_it_is_to_be_replaced(call, bare, tmp_path)
 def test_an_export_that_says_something_else_is_not_written(call, bare, monkeypatch):
     monkeypatch.setattr(formats, "TOLERANCE", -1.0)
     before = sorted(bare.iterdir())
-    assert_one_line(call(COMMAND, bare, "--to", "torch"), "says something else than PyTorch", "nothing was written")
+    assert_one_line(call(COMMAND, bare, "--to", "torch"), "gives something else than PyTorch", "nothing was written")
     assert sorted(bare.iterdir()) == before
 
 
