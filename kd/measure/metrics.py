@@ -49,16 +49,12 @@ def reliability(logits: Tensor, labels: Tensor, num_bins: int = 15) -> list[dict
         torch.zeros(num_bins, dtype=torch.double).index_add_(0, place, values).tolist()
         for values in (torch.ones_like(confidence), confidence, (predicted == labels).double())
     )
-    return [
-        {
-            "low": b / num_bins,
-            "high": (b + 1) / num_bins,
-            "count": int(counts[b]),
-            "confidence": 100 * sure[b] / counts[b] if counts[b] else None,
-            "accuracy": 100 * right[b] / counts[b] if counts[b] else None,
-        }
-        for b in range(num_bins)
-    ]
+    bins = []
+    for b, count in enumerate(map(int, counts)):
+        means = (100 * sure[b] / count, 100 * right[b] / count) if count else (None, None)
+        edges = {"low": b / num_bins, "high": (b + 1) / num_bins}
+        bins.append({**edges, "count": count, "confidence": means[0], "accuracy": means[1]})
+    return bins
 
 
 def calibration_error(logits: Tensor, labels: Tensor, num_bins: int = 15) -> float:
@@ -95,9 +91,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
 def per_class_accuracy(logits: Tensor, labels: Tensor) -> list[float | None]:
     """Percent right of each class's images; None for a class without images."""
     counts = confusion_matrix(logits, labels)
-    return [
-        100 * counts[k, k].item() / total if (total := counts[k].sum().item()) else None for k in range(len(counts))
-    ]
+    pairs = zip(counts.diag().tolist(), counts.sum(1).tolist(), strict=True)
+    return [100 * right / total if total else None for right, total in pairs]
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:

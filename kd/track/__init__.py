@@ -30,7 +30,7 @@ TRACKERS = {"wandb": WandbRun, "tensorboard": TensorBoardRun, "trackio": Trackio
 
 
 def choose_tracker(report_to: str) -> str:
-    """One of TRACKERS or `none`; `auto` is wandb where a key is found, W&B is set offline or its agent started this, else none.
+    """One of TRACKERS or `none`; `auto` is wandb with a key, with W&B set offline or under its agent, else none.
 
     Raises:
         UserError: its package is not installed.
