@@ -15,7 +15,7 @@ from torch import Tensor
 from kd.data.batches import TrainBatches as TrainBatches
 from kd.data.build import Recipe
 from kd.data.corrupt import corrupt
-from kd.data.sources import find_source
+from kd.data.sources import Source, find_source
 from kd.data.split import balanced_order, carve
 from kd.data.store import Store, open_stores
 from kd.data.stream import Encoded, ahead, in_workers
@@ -220,9 +220,7 @@ def load_data(config, download: bool = True, size: tuple[int, int] | None = None
     Raises:
         UserError: the source cannot be read, has one class, or is too small for the splits.
     """
-    cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
-    download_dir = Path(config.download_dir).expanduser() if config.download_dir else cache_dir / "downloads"
-    source = find_source(config.source, cache_dir, download_dir, config.image_column, config.label_column, download)
+    source, cache_dir = open_source(config, download)
     channels, side = config.store_channels or config.channels, config.store_size or config.resize
     recipe = Recipe(channels, side, config.skip_unreadable, size)
     classes, stores = open_stores(source, recipe, cache_dir, config.store, config.num_workers)
@@ -257,6 +255,14 @@ def load_data(config, download: bool = True, size: tuple[int, int] | None = None
             f"data.source {config.source!r} has too few images ({len(train)}) to make train and test splits"
         )
     return Data(classes, Split(train, places), val, test, Views.of(config), config.batch_size)
+
+
+def open_source(config, download: bool = True) -> tuple[Source, Path]:
+    """A `kd.run.config.DataConfig`'s source, and the folder of its cache; raises what `find_source` does."""
+    cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    download_dir = Path(config.download_dir).expanduser() if config.download_dir else cache_dir / "downloads"
+    columns = config.image_column, config.label_column
+    return find_source(config.source, cache_dir, download_dir, *columns, download), cache_dir
 
 
 def _check(config, classes: list[str], stores: dict[str, Store]) -> None:

@@ -42,6 +42,7 @@ class Measured:
     logits: Tensor
     labels: Tensor
     view: Split
+    settings: dict  # of the data, see `kd.run.config.DataConfig`
     notes: list[str] = field(default_factory=list)
     teacher_logits: Tensor | None = None
 
@@ -122,7 +123,7 @@ class Evaluator:
         row["images"] = _identity(row, data.classes, view)
         other, words = self._changes(summary, key, data)
         words += [f"the {split} split differs from that of training ({why})" for split, why in other.items()]
-        measured = Measured(run, row, logits, labels, view, [f"{run}: {word}" for word in words])
+        measured = Measured(run, row, logits, labels, view, json.loads(key)[0], [f"{run}: {w}" for w in words])
         if data.val is not None and not self.config.source and "val" not in other:
             _scale(measured, *self._logits_of(classifier, data, data.val))
         if self.config.latency and self.accelerator.is_main_process:

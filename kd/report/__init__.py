@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from pathlib import Path
 
@@ -11,13 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kd.data.sources import RawSplit, find_source
+from kd.data import open_source
+from kd.data.sources import RawSplit
 from kd.measure import metrics
 from kd.measure.evaluation import Measured
 from kd.measure.records import Record
 from kd.report.page import thumbnail
 from kd.report.sections import report_page
 from kd.report.tables import content, to_json, to_markdown
+from kd.run.config import DataConfig
 from kd.util.files import write_atomic
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
@@ -138,7 +141,7 @@ def _file_name(result: Measured, place: int) -> str | None:
     row, store = result.row, result.view.store
     if not Path(row["source"]).expanduser().is_dir():
         return None
-    splits = _raw_splits(row["source"], *(row["config"]["data"].get(key) for key in ("image_column", "label_column")))
+    splits = _raw_splits(json.dumps(result.settings))
     raw, where = splits.get(row["split"], splits["train"]), int(result.view.places[place])
     if not np.array_equal(raw.labels, store.labels):
         return None
@@ -146,8 +149,8 @@ def _file_name(result: Measured, place: int) -> str | None:
 
 
 @functools.cache
-def _raw_splits(source: str, image_column: str | None, label_column: str | None) -> dict[str, RawSplit]:
-    return find_source(source, Path(), image_column, label_column).open()[1]
+def _raw_splits(settings: str) -> dict[str, RawSplit]:
+    return open_source(DataConfig(**json.loads(settings)))[0].open()[1]
 
 
 def _picture(view, place: int) -> str:
