@@ -67,25 +67,19 @@ def differences(student: Measured, most: int) -> dict:
         `kind`, `label`, and for `student` and `teacher` the class and its probability.
     """
     labels, names, images = student.labels, list(student.row["per_class"]), []
-    mine, theirs = (logits.argmax(1) for logits in (student.logits, student.teacher_logits))
-    right, known = mine == labels, theirs == labels
-    kinds = {"only_teacher_right": known & ~right, "only_student_right": right & ~known}
-    kinds["both_wrong"] = ~right & ~known & (mine != theirs)
+    logits = {"student": student.logits, "teacher": student.teacher_logits}
+    best = {who: each.argmax(1) for who, each in logits.items()}
+    sure = {who: each.double().softmax(1).nan_to_num().amax(1) for who, each in logits.items()}
+    mine, theirs = (each == labels for each in best.values())
+    kinds = {"only_teacher_right": theirs & ~mine, "only_student_right": mine & ~theirs}
+    kinds["both_wrong"] = ~mine & ~theirs & (best["student"] != best["teacher"])
     kinds = {kind: where.nonzero()[:, 0] for kind, where in kinds.items()}
-    used = [kind for kind, places in kinds.items() if len(places)]
-    for kind in used:
-        places = kinds[kind]
-        sure = [
-            part[places].double().softmax(1).nan_to_num().amax(1) for part in (student.logits, student.teacher_logits)
-        ]
-        order = (sure[0] + sure[1]).argsort(descending=True, stable=True)[: max(1, most // len(used))].tolist()
-        for i in order:
-            place = places[i].item()
-            answers = {
-                who: {"class": names[best[place]], "probability": p[i].item()}
-                for who, best, p in zip(("student", "teacher"), (mine, theirs), sure, strict=True)
-            }
-            images.append({"image": place, "kind": kind, "label": names[labels[place]], **answers})
+    used = {kind: places for kind, places in kinds.items() if len(places)}
+    for kind, places in used.items():
+        order = (sure["student"] + sure["teacher"])[places].argsort(descending=True, stable=True)
+        for i in places[order][: max(1, most // len(used))].tolist():
+            answers = {who: {"class": names[best[who][i]], "probability": sure[who][i].item()} for who in logits}
+            images.append({"image": i, "kind": kind, "label": names[labels[i]], **answers})
     return {"run": student.name, "counts": {kind: len(places) for kind, places in kinds.items()}, "images": images}
 
 
@@ -121,9 +115,7 @@ def _instructive(logits: Tensor, labels: Tensor) -> list[int]:
     chosen: dict[int, int] = {}
     for i in right[distance.argsort(stable=True)].tolist():
         chosen.setdefault(labels[i].item(), i)
-        if len(chosen) == SOFT_IMAGES:
-            break
-    return list(chosen.values())
+    return list(chosen.values())[:SOFT_IMAGES]
 
 
 def _soften(logits: Tensor, classes: list[str], temperatures: list[float]) -> dict:

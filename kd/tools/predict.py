@@ -50,11 +50,7 @@ class Prediction:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the predictions; returns 1 if an image was left out, else 0."""
-    parser = CommandParser(
-        prog="python -m kd.predict",
-        usage="python -m kd.predict RUN [RUN ...] IMAGE_OR_FOLDER ... [options]",
-        description=__doc__,
-    )
+    parser = CommandParser("predict", __doc__, "RUN [RUN ...] IMAGE_OR_FOLDER ... [options]")
     parser.add_argument("paths", nargs="+", help="run folders; images, and folders with images anywhere in them")
     parser.add_argument("--top", type=PositiveInt, default=1, metavar="K", help="the K best classes of each image")
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")

@@ -45,7 +45,7 @@ name_of = "trial_{:04d}".format  # a trial's name, and its run folder's
 
 def main(argv: list[str] | None = None) -> int:
     """Run trials until there are as many as wanted, and show the best; the exit status."""
-    parser = CommandParser(prog="python -m kd.sweep", description=__doc__)
+    parser = CommandParser("sweep", __doc__)
     parser.add_argument("file", help="a sweep in W&B's format, such as those of sweeps/")
     trials = "how many there are at the end, of all workers; default the file's run_cap"
     parser.add_argument("--trials", type=NonNegativeInt, metavar="N", help=trials)

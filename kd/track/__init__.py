@@ -154,9 +154,6 @@ def _identity(folder: Path, name: str) -> tuple[str, bool]:
     """The tracker run's id, kept in the run folder, and whether it was there: a restart continues the same one.
 
     An agent of W&B's sweeps gives the id of the run that it waits for.
-
-    Raises:
-        UserError: tracker.json is damaged, or what it has is no id and would become part of a path.
     """
     known, note = read_tracker(folder), folder / "tracker.json"
     resumed = f"{name}_id" in known

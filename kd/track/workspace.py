@@ -23,15 +23,8 @@ PINNED = ("test_accuracy", "val_accuracy", "test_nll", "test_ece", "num_params",
 
 
 def find_group(group: str, project: str | None) -> tuple[list[str], str, list[str]]:
-    """A group by its name, or those of the runs in a folder and below it.
-
-    Returns:
-        The groups' names as the tracker has them, the project, and the loss terms of their runs, `epoch/NAME`; none
-        where they are not known.
-
-    Raises:
-        UserError: the folder holds no runs, or runs of several projects.
-    """
+    """The names of groups as the tracker has them, their project, and the loss terms of their runs, `epoch/NAME`, none
+    where they are not known: of a group by its name, or of the runs in a folder and below it."""
     if not Path(group).is_dir():
         if os.sep in group:
             raise UserError(f"no such folder: {group!r}; name a folder of runs, or a group as W&B shows it")
@@ -95,11 +88,8 @@ def _sections(panels, terms: list[str]) -> dict[str, list]:
 
 
 def build(names: list[str], project: str, terms: list[str], entity: str, title: str):
-    """The `wandb_workspaces` workspace, not sent: its runs are the group's, by job type, the best on validation first.
-
-    Raises:
-        UserError: the package is not installed.
-    """
+    """The `wandb_workspaces` workspace, not sent: its runs are the group's, by job type, the best on validation
+    first."""
     try:
         import wandb_workspaces.reports.v2 as panels
         import wandb_workspaces.workspaces as workspaces
@@ -124,7 +114,7 @@ def build(names: list[str], project: str, terms: list[str], entity: str, title: 
 
 def main(argv: list[str] | None = None) -> int:
     """Send the workspace, or print what would be sent."""
-    parser = CommandParser(prog="python -m kd.workspace", description=__doc__)
+    parser = CommandParser("workspace", __doc__)
     parser.add_argument("group", help="a folder of runs, or the name of a group as W&B shows it")
     parser.add_argument("--entity", default=os.environ.get("WANDB_ENTITY"), help="user or team; default $WANDB_ENTITY")
     parser.add_argument("--project", help="default: the runs' own, or kd")

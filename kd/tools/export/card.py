@@ -33,12 +33,8 @@ _MEASURED = {
 
 
 def model_card(runs: list[Path], license: str | None = None) -> str:
-    """README.md with the Hub's metadata in front; names no place of this machine.
-
-    Args:
-        runs: the exported run, and others that differ from it by the seed only.
-        license: of the weights, as the Hub calls it.
-    """
+    """README.md of the first run, with the Hub's metadata in front and the spread over all, which differ by the seed
+    only; names no place of this machine."""
     try:
         config, summaries = read_config(runs[0]), [read_summary(run) for run in runs]
         _check_seeds(runs, config, summaries)

@@ -82,16 +82,11 @@ def _target(arguments: Namespace, run: Path) -> tuple[Path, list[str]]:
 
 
 def _arguments(argv: list[str] | None) -> Namespace:
-    parser = CommandParser(
-        prog="python -m kd.export",
-        usage="python -m kd.export RUN [RUN ...] --to {onnx,torch,safetensors,hub} [options]",
-        description=__doc__,
-    )
+    parser = CommandParser("export", __doc__, "RUN [RUN ...] --to {onnx,torch,safetensors,hub} [options]")
     parser.add_argument("runs", nargs="+", help="a run folder; with --to hub also runs of other seeds, for the spread")
     parser.add_argument("--to", required=True, choices=(*SUFFIXES, "safetensors", "hub"), help="the format")
-    parser.add_argument(
-        "--out", metavar="PATH", help="a folder, or a file ending in .onnx or .pt2; default RUN/export/FORMAT"
-    )
+    out = "a folder, or a file ending in .onnx or .pt2; default RUN/export/FORMAT"
+    parser.add_argument("--out", metavar="PATH", help=out)
     parser.add_argument("--quantize", choices=("int8",), help="of onnx: write an int8 file too, and compare the two")
     parser.add_argument("--preprocess", choices=("inside", "outside"),
                         help="of onnx and torch: take uint8 images (inside, the default) or prepared ones")  # fmt: skip
@@ -125,15 +120,12 @@ def _write_program(arguments, run: Path, classifier: Classifier, file: Path) -> 
         of = "images of noise"
         say(f"note: the run's images are absent ({images.absent}); the export is checked on noise")
     description = describe(classifier, run, inputs, inside)
-    exported = {"onnx": to_onnx, "torch": to_torch}[arguments.to](
-        module, torch.zeros_like(inputs[:2]), description, file
-    )
+    write = {"onnx": to_onnx, "torch": to_torch}[arguments.to]
+    exported = write(module, torch.zeros_like(inputs[:2]), description, file)
     found = check(exported, module, inputs, arguments.to, of)
-    say(
-        f"checked against PyTorch on {found['images']} {of}: largest difference of a logit "
-        f"{found['largest_difference']:.1e} (tolerance {found['tolerance']:.1e}), the same class for "
-        f"{found['same_class']}"
-    )
+    difference = f"{found['largest_difference']:.1e} (tolerance {found['tolerance']:.1e})"
+    checked = f"checked against PyTorch on {found['images']} {of}: largest difference of a logit"
+    say(f"{checked} {difference}, the same class for {found['same_class']}")
     packages = ("torch", "onnx", "onnxscript", "onnxruntime") if arguments.to == "onnx" else ("torch",)
     numbers = {"check": found, "versions": {name: version(name) for name in packages}}
     if arguments.quantize:

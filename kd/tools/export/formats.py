@@ -32,11 +32,7 @@ def deployed(classifier: Classifier, inside: bool) -> nn.Module:
 
 @torch.no_grad()
 def check(exported: Callable[[Tensor], Tensor], module: nn.Module, inputs: Tensor, what: str, of: str) -> dict:
-    """Compare an export with PyTorch, in batches of 1, of 3 and of up to 16.
-
-    Raises:
-        UserError: a logit differs by more than TOLERANCE times the largest one.
-    """
+    """Compare an export with PyTorch, in batches of 1, of 3 and of up to 16; a large difference is a UserError."""
     sizes = [1, 3, *[16] * ((len(inputs) - 4) // 16)] if len(inputs) > 4 else [1]
     batches = [batch for batch in inputs.split([*sizes, len(inputs) - sum(sizes)]) if len(batch)]
     expected = torch.cat([module(batch) for batch in batches])
@@ -59,9 +55,7 @@ def check(exported: Callable[[Tensor], Tensor], module: nn.Module, inputs: Tenso
 def to_onnx(module: nn.Module, example: Tensor, description: dict, file: Path) -> Callable[[Tensor], Tensor]:
     """Write an ONNX file with any number of `images` in and `logits` out; returns it as `session` does.
 
-    Args:
-        example: two inputs; the images themselves do not matter.
-        description: kept in the file as `kd`, JSON.
+    `example` are any two inputs; `description` is kept in the file as `kd`, JSON.
     """
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     if num_bytes > 1.9e9:
@@ -76,11 +70,7 @@ def to_onnx(module: nn.Module, example: Tensor, description: dict, file: Path) -
 
 
 def session(file: Path) -> Callable[[Tensor], Tensor]:
-    """An ONNX file in ONNX Runtime on the CPU, with as many threads as PyTorch has, from images to logits.
-
-    Raises:
-        UserError: it has no such operation, as for bf16.
-    """
+    """An ONNX file in ONNX Runtime on the CPU, with as many threads as PyTorch has, from images to logits."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -88,7 +78,7 @@ def session(file: Path) -> Callable[[Tensor], Tensor]:
     options.log_severity_level = 3  # errors
     try:
         loaded = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no common class
+    except Exception as error:  # its exceptions have no common class; it lacks operations, as for bf16
         raise UserError(f"ONNX Runtime cannot run the network: {described(error)}; use --to torch") from None
     return lambda images: torch.from_numpy(loaded.run(None, {"images": images.numpy()})[0])
 

@@ -20,11 +20,7 @@ NUM_CALIBRATION = 512  # images
 
 
 def quantize(file: Path, out: Path, inputs: Tensor) -> None:
-    """Write the int8 form of an ONNX file.
-
-    Args:
-        inputs: what the file takes, of the training split.
-    """
+    """Write the int8 form of an ONNX file; `inputs` are what it takes, of the training split."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -53,11 +49,7 @@ def quantize(file: Path, out: Path, inputs: Tensor) -> None:
 
 def compare(files: dict[str, Path], batches, prepare) -> dict[str, dict]:
     """Accuracy in percent, bytes, and milliseconds for one image (median of 100, files in turn) of ONNX files; of all
-    but the first also for how many images they name its class.
-
-    Args:
-        batches: images and labels, a split's.
-        prepare: from images to what the files take.
+    but the first also for how many images they name its class. `prepare` makes what they take of the batches' images.
     """
     sessions = {name: session(file) for name, file in files.items()}
     predicted, labels, times = {name: [] for name in files}, [], {name: [] for name in files}
