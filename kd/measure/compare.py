@@ -163,7 +163,7 @@ def compare(rows: list[dict], baseline: str | None = None) -> list[dict]:
         mine, candidates = members[name], [other for other in members if _is_alone(members[other][0], members[name][0])]
         alone = group["alone"] = candidates[0] if len(candidates) == 1 else None
         other = group["baseline"] = alone if chosen is None else chosen if chosen != name else None
-        group.update(dict.fromkeys(("difference", "interval", "mcnemar", "gain", "gap_closed")))
+        group.update(dict.fromkeys(("gain", "gap_closed", "difference", "interval", "mcnemar")))
         if alone:
             group.update(_gain(group, groups[alone], interval(name, alone), mine))
         if other:

@@ -51,16 +51,6 @@ CKA = {
     "teacher's module": ("teacher", ""),
     "CKA": ("cka", ".4f"),
 }
-COMPARISON = {
-    "runs": ("name", ""),
-    "gain": ("difference", "+.2f"),
-    "95 % interval": ("interval", ""),
-    "top-1 %": ("top1", ""),
-    "n": ("n", ""),
-    "McNemar p": ("p", ""),
-    "gap closed %": ("gap_closed", ".0f"),
-    "Pareto front by": ("front", ""),
-}
 
 
 @dataclass
@@ -182,18 +172,17 @@ def caption(rows: list[dict]) -> str:
 
 def comparison_table(groups: list[dict]) -> Table:
     """One line a group of seeds: accuracy, and what it gains over its baseline."""
-    lines = []
+    head = ["runs", "gain", "95 % interval", "top-1 %", "n", "McNemar p", "gap closed %", "Pareto front by"]
+    body = []
     for group in groups:
         top1, p = group["spread"]["top1"], sorted(test["p"] for test in group["mcnemar"] or [])
         front = [title for key, title in (("multiply_adds", "adds"), ("num_params", "params")) if group["front"][key]]
-        words = {
-            "interval": group["interval"] and "{:+.2f} to {:+.2f}".format(*group["interval"]),
-            "top1": f"{top1['mean']:.2f}" + ("" if top1["std"] is None else f" ± {top1['std']:.2f}"),
-            "p": " to ".join(dict.fromkeys(f"{end:.2g}" for end in (p[0], p[-1]))) if p else None,
-            "front": ", ".join(front) or None,
-        }
-        lines.append({**group, **words})
-    return Table.of(lines, COMPARISON)
+        interval = "-" if group["interval"] is None else "{:+.2f} to {:+.2f}".format(*group["interval"])
+        accuracy = f"{top1['mean']:.2f}" + ("" if top1["std"] is None else f" ± {top1['std']:.2f}")
+        tests = " to ".join(dict.fromkeys(f"{end:.2g}" for end in (p[0], p[-1]))) if p else "-"
+        words = [interval, accuracy, str(group["n"]), tests, shown(group["gap_closed"], ".0f"), ", ".join(front) or "-"]
+        body.append([group["name"], shown(group["difference"], "+.2f"), *words])
+    return Table(head, body)
 
 
 def against(groups: list[dict]) -> list[str]:

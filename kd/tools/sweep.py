@@ -37,6 +37,15 @@ except ModuleNotFoundError:
 MAX_FAILURES = 3  # one after another: then it is the sweep that is wrong, not the values of one trial
 SECONDS = 0.5  # between two looks at a trial
 PROGRAMS = {"distill.py": DistillConfig, "train_teacher.py": TeacherConfig}
+LOG = functools.partial(FloatDistribution, log=True)
+RANGES = {
+    "int_uniform": lambda low, high: IntDistribution(index(low), index(high)),
+    "uniform": FloatDistribution,
+    "q_uniform": FloatDistribution,
+    "log_uniform": lambda low, high: LOG(math.exp(low), math.exp(high)),  # its bounds are exponents of e
+    "log_uniform_values": LOG,
+    "q_log_uniform_values": LOG,
+}
 METHODS = ["bayes", "grid", "random"]
 METRICS = [{"name": "val/accuracy", "goal": "maximize"}, {"name": "val/nll", "goal": "minimize"}]
 THEIRS = ("apiVersion", "description", "entity", "kind", "name", "project")  # of a sweep on W&B's server
@@ -63,17 +72,6 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"{failed} trials failed one after another; the last: {failure}")
     search.show()
     return 0
-
-
-LOG = functools.partial(FloatDistribution, log=True)
-RANGES = {
-    "int_uniform": lambda low, high: IntDistribution(index(low), index(high)),
-    "uniform": FloatDistribution,
-    "q_uniform": FloatDistribution,
-    "log_uniform": lambda low, high: LOG(math.exp(low), math.exp(high)),  # its bounds are exponents of e
-    "log_uniform_values": LOG,
-    "q_log_uniform_values": LOG,
-}
 
 
 def read_parameter(distribution=None, q=None, **given) -> tuple:
