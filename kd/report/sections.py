@@ -27,26 +27,6 @@ from kd.report.tables import (
 MOST_RUNS = 6  # whose confusion is shown
 MOST_COLUMNS = plots.MOST_PANELS  # groups in the table of classes
 MOST_LINES = 300  # of the learning curves' numbers
-SECTIONS = {
-    "results": "Results",
-    "comparison": "Comparison",
-    "cost": "Accuracy against cost",
-    "curves": "Learning curves",
-    "reliability": "Reliability",
-    "classes": "Classes",
-    "speed": "Speed and memory",
-    "confusion": "Confusion",
-    "differences": "Where student and teacher differ",
-    "soft-targets": "What the teacher teaches",
-    "corruptions": "Corrupted images",
-    "features": "Likeness of features",
-    "runs": "How the runs were made",
-}
-_KINDS = {
-    "only_teacher_right": "only the teacher is right",
-    "only_student_right": "only the student is right",
-    "both_wrong": "both are wrong and differ",
-}
 _SCALED = {  # as `kd.report.tables.COLUMNS`
     "run": ("run", ""),
     "temperature": ("temperature", ".3f"),
@@ -81,12 +61,10 @@ def report_page(content: dict, records: list[Record], pictures: dict[tuple[str, 
         title=f"{'One run' if len(rows) == 1 else f'{len(rows)} runs'}: {caption(rows)}",
         verdicts=verdicts(groups),
         against=against(groups),
-        sections={key: name for key, name in SECTIONS.items() if there.get(key, True)},
-        halves=("cost", "curves", "reliability", "classes"),
+        absent=[section for section, found in there.items() if not found],
         folder=shared_folder(runs) if len(runs) > 1 else "",
         notes=[note for part in (*rows, *groups) for note in part["notes"]],
         pictures={(short[run], image): uri for (run, image), uri in pictures.items()},
-        kinds=_KINDS,
         named=lambda image: image["file"] or f"image {image['image']}",
         groups_left=len(taught) - len(content["differences"]),
         most_confusions=MOST_RUNS,
