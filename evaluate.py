@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
                 write_atomic(Path(config.json), to_json(content(results, groups)))
                 say(f"wrote {config.json}")
             if config.report:
-                files = write_report(Path(config.report), results, groups, config.cache_dir)
+                files = write_report(Path(config.report), results, groups)
                 say(f"wrote {config.report}/: {', '.join(file.name for file in files)}")
         if config.format in ("table", "markdown") and verdicts(groups):
             print("", in_terminal("\n".join(verdicts(groups))), sep="\n", flush=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kd.data.batches import TrainBatches as TrainBatches
 from kd.data.build import Recipe
-from kd.data.sources import find_source
+from kd.data.sources import Source, find_source
 from kd.data.split import balanced_order, carve
 from kd.data.store import Store, open_stores
 from kd.data.stream import Encoded, ahead, in_workers
@@ -184,11 +184,7 @@ def load_data(config, download: bool = True, size: tuple[int, int] | None = None
     Raises:
         UserError: the source cannot be read, has one class, or is too small for the splits.
     """
-    cache_dir = cache_folder(config.cache_dir)
-    download_dir = Path(config.download_dir).expanduser() if config.download_dir else cache_dir / "downloads"
-    hub_dir = cache_dir / "huggingface" if config.cache_dir else None
-    columns = (config.image_column, config.label_column)
-    source = find_source(config.source, cache_dir, download_dir, *columns, download, hub_dir)
+    source, cache_dir = open_source(config, download)
     channels, side = config.store_channels or config.channels, config.store_size or config.resize
     recipe = Recipe(channels, side, config.skip_unreadable, size)
     classes, stores = open_stores(source, recipe, cache_dir, config.store, config.num_workers)
@@ -230,6 +226,15 @@ def _chosen(config, store: Store, places: np.ndarray, num_classes: int) -> Split
         labels[known] = store.labels[known]
         store = replace(store, labels=labels)
     return Split(store, np.sort(order[: config.num_train]))
+
+
+def open_source(config, download: bool = True) -> tuple[Source, Path]:
+    """A `kd.run.config.DataConfig`'s source, and the folder of its cache; raises what `find_source` does."""
+    cache_dir = cache_folder(config.cache_dir)
+    download_dir = Path(config.download_dir).expanduser() if config.download_dir else cache_dir / "downloads"
+    hub_dir = cache_dir / "huggingface" if config.cache_dir else None
+    columns = config.image_column, config.label_column
+    return find_source(config.source, cache_dir, download_dir, *columns, download, hub_dir), cache_dir
 
 
 def _check(config, classes: list[str], stores: dict[str, Store]) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterable
 
 import torch
@@ -48,11 +50,9 @@ def experiment(config: dict, read: Callable[[str], dict | None], seen: tuple[str
 def spread(values: Iterable[float | None]) -> dict | None:
     """Mean and standard deviation (n - 1 in its denominator; None for one value); None if a value is missing."""
     values = list(values)
-    if not values or any(value is None for value in values):
+    if not values or None in values:
         return None
-    mean = math.fsum(values) / len(values)
-    squares = math.fsum((value - mean) ** 2 for value in values)
-    return {"mean": mean, "std": math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else None}
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
@@ -145,10 +145,8 @@ def compare(rows: list[dict], baseline: str | None = None) -> list[dict]:
     Raises:
         UserError: the baseline is not among the runs.
     """
-    found: dict[tuple, list[dict]] = {}
-    for row in rows:
-        found.setdefault((row["experiment"], row["images"]), []).append(row)
-    members = dict(zip(group_names(list(found.values())), found.values(), strict=True))
+    found = by_experiment(rows)
+    members = dict(zip(group_names(found), found, strict=True))
     run = find_baseline([row["run"] for row in rows], baseline)
     chosen = next((name for name, group in members.items() if any(row["run"] == run for row in group)), None)
 
@@ -165,8 +163,16 @@ def compare(rows: list[dict], baseline: str | None = None) -> list[dict]:
         mine, candidates = members[name], [other for other in members if _is_alone(members[other][0], members[name][0])]
         alone = group["alone"] = candidates[0] if len(candidates) == 1 else None
         other = group["baseline"] = alone if chosen is None else chosen if chosen != name else None
-        group.update(_gain(group, groups[alone], interval(name, alone), mine) if alone else _NO_GAIN)
-        group.update(_difference(group, groups[other], interval, mine, members[other]) if other else _NO_DIFFERENCE)
+        group.update(dict.fromkeys(("gain", "gap_closed", "difference", "interval", "mcnemar")))
+        if alone:
+            group.update(_gain(group, groups[alone], interval(name, alone), mine))
+        if other:
+            theirs = members[other]
+            group["notes"] += _unlike(name, mine[0], other, theirs[0])
+            group["difference"] = _top1(group) - _top1(groups[other])
+            if mine[0]["images"] == theirs[0]["images"]:
+                group["interval"] = interval(name, other)
+                group["mcnemar"] = _tests(mine, theirs)
         if other is None and chosen is None and "teacher" in mine[0]["config"] and len(groups) > 1:
             which = f"is one of {', '.join(candidates)}" if candidates else "is not among the runs"
             group["notes"].append(f"{name}: its student alone {which}; --baseline names what to compare with")
@@ -182,10 +188,6 @@ def _top1(group: dict) -> float:
     return group["spread"]["top1"]["mean"]
 
 
-_NO_GAIN = {"gain": None, "gap_closed": None}
-_NO_DIFFERENCE = {"difference": None, "interval": None, "mcnemar": None}
-
-
 def _gain(group: dict, alone: dict, interval: list[float], rows: list[dict]) -> dict:
     """What a group gains over its student alone, and the percent of the teacher's lead that this is."""
     gain, teacher = _top1(group) - _top1(alone), spread(row["teacher_top1"] for row in rows)
@@ -194,16 +196,12 @@ def _gain(group: dict, alone: dict, interval: list[float], rows: list[dict]) -> 
     return {"gain": gain, "gap_closed": 100 * gain / lead if lead > 0 and shown else None}
 
 
-def _difference(
-    group: dict, other: dict, interval: Callable[[str, str], list[float]], mine: list[dict], theirs: list[dict]
-) -> dict:
-    """A group against its baseline, with a test and an interval where both were measured on the same images."""
-    group["notes"] += _unlike(group["name"], mine[0], other["name"], theirs[0])
-    found = {**_NO_DIFFERENCE, "difference": _top1(group) - _top1(other)}
-    if mine[0]["images"] == theirs[0]["images"]:
-        found["interval"] = interval(group["name"], other["name"])
-        found["mcnemar"] = [_test(*pair) for pair in _pairs(mine, theirs)]
-    return found
+def by_experiment(rows: list[dict]) -> list[list[dict]]:
+    """Rows of one experiment on the same images, the groups in the order of their first rows."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault((row["experiment"], row["images"]), []).append(row)
+    return list(found.values())
 
 
 def group_names(groups: list[list[dict]]) -> list[str]:
@@ -222,16 +220,14 @@ def group_names(groups: list[list[dict]]) -> list[str]:
 
 def _shared(names: list[str]) -> str:
     """The first letters that all names have."""
-    length = 0
-    while all(len(name) > length and name[length] == names[0][length] for name in names):
-        length += 1
-    return names[0][:length]
+    letters = itertools.takewhile(lambda each: len(set(each)) == 1, zip(*names, strict=False))
+    return "".join(each[0] for each in letters)
 
 
 def _describe(name: str, rows: list[dict]) -> dict:
     notes, seeds = [], [json.dumps([row["seed"], row["config"].get("teacher")]) for row in rows]
     if len(set(seeds)) < len(rows):
-        notes.append(f"{name}: its runs of equal seed are not independent; their spread says nothing")
+        notes.append(f"{name}: its runs of equal seed are not independent; their spread means nothing")
     return {
         "name": name,
         "runs": [row["run"] for row in rows],
@@ -272,18 +268,12 @@ def _correct(rows: list[dict]) -> Tensor:
     return correct
 
 
-def _pairs(mine: list[dict], theirs: list[dict]) -> list[tuple[dict, dict]]:
+def _tests(mine: list[dict], theirs: list[dict]) -> list[dict]:
+    """A test for each pair of runs, those of equal seeds where there are such."""
     every = [(a, b) for a in mine for b in theirs]
-    return [(a, b) for a, b in every if a["seed"] == b["seed"]] or every
-
-
-def _test(mine: dict, theirs: dict) -> dict:
-    one, other = set(mine["wrong"]), set(theirs["wrong"])
-    only_mine, only_theirs = len(other - one), len(one - other)
-    return {
-        "run": mine["run"],
-        "baseline": theirs["run"],
-        "only_run_right": only_mine,
-        "only_baseline_right": only_theirs,
-        "p": mcnemar(only_mine, only_theirs),
-    }
+    tests = []
+    for run, baseline in [(a, b) for a, b in every if a["seed"] == b["seed"]] or every:
+        wrong, other = set(run["wrong"]), set(baseline["wrong"])
+        counts = {"only_run_right": len(other - wrong), "only_baseline_right": len(wrong - other)}
+        tests.append({"run": run["run"], "baseline": baseline["run"], **counts, "p": mcnemar(*counts.values())})
+    return tests

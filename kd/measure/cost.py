@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-adds, time an image."""
+"""What a network costs: parameters, multiply-adds, time per image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import weakref
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -86,11 +85,10 @@ class _Tensors(TorchDispatchMode):
         self.peak = self._alive = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {t.untyped_storage().data_ptr() for t in _tensors([*args, *(kwargs or {}).values()])}
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                storage = tensor.untyped_storage()
+        for storage in (tensor.untyped_storage() for tensor in _tensors(out)):
+            if storage.data_ptr() not in given:
                 self._alive += storage.nbytes()
                 weakref.finalize(storage, self._free, storage.nbytes())
         self.peak = max(self.peak, self._alive)
@@ -98,3 +96,10 @@ class _Tensors(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self._alive -= size
+
+
+def _tensors(value) -> list[torch.Tensor]:
+    """The tensors among an operation's arguments or results."""
+    if isinstance(value, list | tuple):
+        return [tensor for each in value for tensor in _tensors(each)]
+    return [value] if isinstance(value, torch.Tensor) else []

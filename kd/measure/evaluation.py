@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import json
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class Measured:
     logits: Tensor
     labels: Tensor
     view: Split
+    settings: dict  # of the data, see `kd.run.config.DataConfig`
     notes: list[str] = field(default_factory=list)
     teacher_logits: Tensor | None = None
 
@@ -92,16 +94,18 @@ class Evaluator:
     def measure(self, run: str) -> Measured:
         """All numbers of one run; raises what `open` does."""
         folder, (classifier, summary, resolved, key, data, split) = Path(run), self.open(run)
-        view = self._view(split)
+        view = split
+        if self.config.corruption in STRENGTHS:
+            view = CorruptedSplit(split.store, split.places, self.config.corruption, self.config.severity)
         name = (str(folder.resolve()), key)
-        logits, labels = self._predict(name, classifier, data, view)
+        logits, labels = self._logits_of(classifier, data, view, name)
         row = {
             "run": run,
             "model": classifier.recipe["model"],
             "source": self.config.source or resolved["data"]["source"],
             "split": self.config.split,
-            "corruption": view.corruption if isinstance(view, CorruptedSplit) else None,
-            "severity": view.severity if isinstance(view, CorruptedSplit) else None,
+            "corruption": getattr(view, "corruption", None),
+            "severity": getattr(view, "severity", None),
             **_scores(logits, labels, data.classes),
             **dict.fromkeys(("temperature", "nll_scaled", "calibration_error_scaled")),
             "num_params": cost.num_params(classifier.network),
@@ -121,9 +125,9 @@ class Evaluator:
         row["images"] = _identity(row, data.classes, view)
         other, words = self._changes(summary, key, data)
         words += [f"the {split} split differs from that of training ({why})" for split, why in other.items()]
-        measured = Measured(run, row, logits, labels, view, [f"{run}: {word}" for word in words])
+        measured = Measured(run, row, logits, labels, view, json.loads(key)[0], [f"{run}: {w}" for w in words])
         if data.val is not None and not self.config.source and "val" not in other:
-            _scale(measured, *self._ask(classifier, data, data.val))
+            _scale(measured, *self._logits_of(classifier, data, data.val))
         if self.config.latency and self.accelerator.is_main_process:
             row["speed"] = [cost.speed(classifier, data.image_shape, size) for size in BATCH_SIZES]
             row["latency_ms"] = row["speed"][0]["p50_ms"]
@@ -143,20 +147,13 @@ class Evaluator:
             self._identities[key] = identity(data)
         return changes(before, self._identities[key])
 
-    def _view(self, split: Split) -> Split:
-        """The split, corrupted if one corruption is asked for."""
-        if self.config.corruption in STRENGTHS:
-            return CorruptedSplit(split.store, split.places, self.config.corruption, self.config.severity)
-        return split
-
     def _corrupt(self, row: dict, classifier: Classifier, data: Data, split: Split) -> None:
         """Add the accuracy for each corruption and severity, and the mean of all."""
         row["corruptions"] = {corruption: [] for corruption in STRENGTHS}
         for corruption, severity in itertools.product(STRENGTHS, SEVERITIES):
             view = CorruptedSplit(split.store, split.places, corruption, severity)
-            row["corruptions"][corruption].append(metrics.accuracy(*self._ask(classifier, data, view)))
-        every = [value for values in row["corruptions"].values() for value in values]
-        row["corruption_mean"] = sum(every) / len(every)
+            row["corruptions"][corruption].append(metrics.accuracy(*self._logits_of(classifier, data, view)))
+        row["corruption_mean"] = statistics.fmean(itertools.chain(*row["corruptions"].values()))
 
     def _load(self, settings: dict, run: str, size: tuple[int, int] | None) -> tuple[str, Data]:
         """A run's data; other images are brought to the size (H, W) of its training images, as `predict` does."""
@@ -176,18 +173,16 @@ class Evaluator:
                 self._said.add(line)
         return key, self._data[key]
 
-    def _ask(self, network, data: Data, split: Split) -> tuple[Tensor, Tensor]:
-        """Logits (N, K) in the order of the data's classes, and labels (N,)."""
+    def _logits_of(self, network, data: Data, split: Split, name: tuple | None = None) -> tuple[Tensor, Tensor]:
+        """Logits (N, K) in the order of the data's classes, and labels (N,); computed once for each name."""
+        if name in self._logits:
+            return self._logits[name]
         logits, labels = predict(network, split, self.config.batch_size, self.accelerator, "measure")
         if isinstance(network, Classifier):
-            logits = logits[:, [network.classes.index(name) for name in data.classes]]
+            logits = logits[:, [network.classes.index(label) for label in data.classes]]
+        if name is not None:
+            self._logits[name] = logits, labels
         return logits, labels
-
-    def _predict(self, name: tuple, network, data: Data, view: Split) -> tuple[Tensor, Tensor]:
-        """The same for the measured images, asked once for each name."""
-        if name not in self._logits:
-            self._logits[name] = self._ask(network, data, view)
-        return self._logits[name]
 
     def _compare(self, measured: Measured, classifier: Classifier, key: str, data: Data, view: Split) -> None:
         """Add how like its teacher a run is, and say where it saves nothing."""
@@ -207,7 +202,7 @@ class Evaluator:
             return
         measured.notes += [f"{measured.name}: its teacher {line}" for line in sizes]
         name = (str(Path(names[0]).resolve()), key) if len(names) == 1 else (f"{'+'.join(names)} {mean}", key)
-        theirs, _ = self._predict(name, teacher, data, view)
+        theirs, _ = self._logits_of(teacher, data, view, name)
         measured.teacher_logits = theirs
         row["teacher_top1"] = metrics.accuracy(theirs, labels)
         row["agreement"] = metrics.agreement(logits, theirs)
@@ -223,8 +218,8 @@ class Evaluator:
                 values = similarity(classifier, member, pairs, view, self.config.batch_size, self.accelerator)
             except TypeError as error:  # the module gives no tensor
                 raise UserError(f"run {measured.name!r}: {error}; choose other taps") from None
-            taps = ({"student": mine, "teacher": other} for mine, other in pairs)
-            row["cka"] = [{**tap, "cka": value} for tap, value in zip(taps, values, strict=True)]
+            taps = zip(pairs, values, strict=True)
+            row["cka"] = [{"student": mine, "teacher": other, "cka": value} for (mine, other), value in taps]
         params = cost.num_params(teacher)
         adds = sum(cost.multiply_adds(member, data.image_shape) for member in teacher.members.values())
         if row["num_params"] >= params:
@@ -281,8 +276,7 @@ def _tap_pairs(losses: list[dict], more: list[str]) -> list[tuple[str, str]]:
 
 
 def _match(classifier: Classifier, data: Data, run: str) -> None:
-    if set(classifier.classes) != set(data.classes):
-        other = sorted(set(classifier.classes) ^ set(data.classes))[:5]
+    if other := sorted(set(classifier.classes) ^ set(data.classes))[:5]:
         raise UserError(f"run {run!r} and the data have different classes ({', '.join(other)}, ...)")
     with torch.no_grad():
         try:

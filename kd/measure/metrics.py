@@ -1,4 +1,4 @@
-"""What is said of predictions: functions of all logits (N, K) and labels (N,), so that nothing is averaged twice."""
+"""Metrics of predictions: functions of all logits (N, K) and labels (N,), so that nothing is averaged twice."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def brier_score(logits: Tensor, labels: Tensor) -> float:
 
 
 def reliability(logits: Tensor, labels: Tensor, num_bins: int = 15) -> list[dict]:
-    """The reliability diagram: what is said and what is true in bins of equal width of the highest probability.
+    """The reliability diagram: confidence and accuracy in bins of equal width of the highest probability.
 
     Returns:
         A bin's `low` and `high` (it is (low, high]), its `count`, and the mean `confidence` and the `accuracy` of its
@@ -49,16 +49,12 @@ def reliability(logits: Tensor, labels: Tensor, num_bins: int = 15) -> list[dict
         torch.zeros(num_bins, dtype=torch.double).index_add_(0, place, values).tolist()
         for values in (torch.ones_like(confidence), confidence, (predicted == labels).double())
     )
-    return [
-        {
-            "low": b / num_bins,
-            "high": (b + 1) / num_bins,
-            "count": int(counts[b]),
-            "confidence": 100 * sure[b] / counts[b] if counts[b] else None,
-            "accuracy": 100 * right[b] / counts[b] if counts[b] else None,
-        }
-        for b in range(num_bins)
-    ]
+    bins = []
+    for b, count in enumerate(map(int, counts)):
+        means = (100 * sure[b] / count, 100 * right[b] / count) if count else (None, None)
+        edges = {"low": b / num_bins, "high": (b + 1) / num_bins}
+        bins.append({**edges, "count": count, "confidence": means[0], "accuracy": means[1]})
+    return bins
 
 
 def calibration_error(logits: Tensor, labels: Tensor, num_bins: int = 15) -> float:
@@ -95,9 +91,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
 def per_class_accuracy(logits: Tensor, labels: Tensor) -> list[float | None]:
     """Percent right of each class's images; None for a class without images."""
     counts = confusion_matrix(logits, labels)
-    return [
-        100 * counts[k, k].item() / total if (total := counts[k].sum().item()) else None for k in range(len(counts))
-    ]
+    pairs = zip(counts.diag().tolist(), counts.sum(1).tolist(), strict=True)
+    return [100 * right / total if total else None for right, total in pairs]
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
@@ -117,8 +112,8 @@ def agreement(logits: Tensor, other: Tensor, top: int = 1) -> float:
 
 def kl_divergence(teacher: Tensor, student: Tensor) -> float:
     """Mean over images of KL(teacher || student) of the probabilities at temperature 1, in nats; logits (N, K)."""
-    said, learned = teacher.double().log_softmax(1), student.double().log_softmax(1)
-    return F.kl_div(learned, said, log_target=True, reduction="batchmean").item()
+    target, learned = teacher.double().log_softmax(1), student.double().log_softmax(1)
+    return F.kl_div(learned, target, log_target=True, reduction="batchmean").item()
 
 
 def only_one_right(logits: Tensor, other: Tensor, labels: Tensor) -> tuple[list[int], list[int]]:

@@ -19,7 +19,7 @@ def predict(network: nn.Module, split: Split, batch_size: int, accelerator, titl
 
     Args:
         network: a `Classifier` or `Teachers`, on the accelerator's device; put in eval mode.
-        accelerator: says which of how many processes this is.
+        accelerator: knows which of how many processes this is.
         batch_size: images at once over all processes.
         title: of a progress bar, which a terminal then shows.
     """

@@ -1,4 +1,4 @@
-"""What run folders say of themselves, for a notebook: `kd.runs("runs/")`."""
+"""What run folders hold, for a notebook: `kd.runs("runs/")`."""
 
 from __future__ import annotations
 

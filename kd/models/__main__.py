@@ -7,7 +7,6 @@ python -m kd.models resnet50 --size 96 --model_args '{width_per_group: 32}'
 
 from __future__ import annotations
 
-import argparse
 import textwrap
 
 import yaml
@@ -22,8 +21,7 @@ from kd.util.errors import CommandParser, UserError, run_script
 
 def main(argv: list[str] | None = None) -> int:
     """Print the names, or each module's dotted name, kind and output shape (without the batch axis)."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = CommandParser(prog="python -m kd.models", description=__doc__, formatter_class=form)
+    parser = CommandParser("models", __doc__)
     parser.add_argument("name", nargs="?", help="a network by name or import path; without it all names are listed")
     parser.add_argument("--size", type=int, help="side of the images in pixels; default the network's usual, or 224")
     parser.add_argument("--num_classes", type=int, default=10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from pathlib import Path
 
@@ -11,14 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kd.data import cache_folder
-from kd.data.sources import RawSplit, find_source
+from kd.data import open_source
+from kd.data.sources import RawSplit
 from kd.measure import metrics
 from kd.measure.evaluation import Measured
 from kd.measure.records import Record
 from kd.report.page import thumbnail
 from kd.report.sections import report_page
 from kd.report.tables import content, to_json, to_markdown
+from kd.run.config import DataConfig
 from kd.util.files import write_atomic
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
@@ -29,32 +31,25 @@ SOFT_IMAGES, SOFT_CLASSES = 4, 4
 SURE = 0.8  # how sure a teacher is of the images whose soft targets are shown, as nearly as there are any
 
 
-def write_report(folder: Path, results: list[Measured], groups: list[dict], cache_dir: str | None = None) -> list[Path]:
-    """Write index.html, results.json, report.md and accuracy_vs_cost.png; returns the files.
-
-    Args:
-        cache_dir: as `data.cache_dir`.
-    """
+def write_report(folder: Path, results: list[Measured], groups: list[dict]) -> list[Path]:
+    """Write index.html, results.json, report.md and accuracy_vs_cost.png; returns the files."""
     from kd.report import plots
 
     folder.mkdir(parents=True, exist_ok=True)
-    records = [Record(result.name) for result in results]
-    students = [result for result in results if result.teacher_logits is not None]
-    first = [next((s for s in students if s.name == group["runs"][0]), None) for group in groups]
-    first = [student for student in first if student is not None][:MOST_STUDENTS]
-    said = content(results, groups)
-    said["differences"] = [differences(student, MOST_IMAGES // len(first)) for student in first]
-    said["soft_targets"] = soft_targets(students)
+    students = {result.name: result for result in results if result.teacher_logits is not None}
+    firsts = [students[group["runs"][0]] for group in groups if group["runs"][0] in students][:MOST_STUDENTS]
+    found = content(results, groups)
+    found["differences"] = [differences(student, MOST_IMAGES // len(firsts)) for student in firsts]
+    found["soft_targets"] = soft_targets(list(students.values()))
     pictures: dict[tuple[str, int], str] = {}
-    known = {student.name: student for student in students}
-    for part in (*said["differences"], *said["soft_targets"]):
-        student = known[part["run"]]
+    for part in (*found["differences"], *found["soft_targets"]):
+        student = students[part["run"]]
         for image in part["images"]:
             pictures[part["run"], image["image"]] = _picture(student.view, image["image"])
-            image["file"] = _file_name(student, image["image"], cache_dir)
+            image["file"] = _file_name(student, image["image"])
     files = {
-        "index.html": report_page(said, records, pictures),
-        "results.json": to_json(said),
+        "index.html": report_page(found, [Record(result.name) for result in results], pictures),
+        "results.json": to_json(found),
         "report.md": to_markdown(results, groups, "accuracy_vs_cost.png").encode(),
         "accuracy_vs_cost.png": plots.png(plots.accuracy_against_cost([result.row for result in results])),
     }
@@ -71,29 +66,20 @@ def differences(student: Measured, most: int) -> dict:
         `most` of the `images`, of each kind those that both networks are surest of: each one's position in the split,
         `kind`, `label`, and for `student` and `teacher` the class and its probability.
     """
-    logits, theirs, labels = student.logits, student.teacher_logits, student.labels
-    mine, other = logits.argmax(1), theirs.argmax(1)
-    only_mine, only_theirs = metrics.only_one_right(logits, theirs, labels)
-    wrong = (mine != labels) & (other != labels) & (mine != other)
-    kinds = {"only_teacher_right": only_theirs, "only_student_right": only_mine}
-    kinds["both_wrong"] = wrong.nonzero()[:, 0].tolist()
-    names, images = list(student.row["per_class"]), []
-    used = [kind for kind, places in kinds.items() if places]
-    for kind in used:
-        places = torch.tensor(kinds[kind])
-        sure = [part[places].double().softmax(1).nan_to_num().amax(1) for part in (logits, theirs)]
-        order = (sure[0] + sure[1]).argsort(descending=True, stable=True)[: max(1, most // len(used))].tolist()
-        for i in order:
-            place = places[i].item()
-            images.append(
-                {
-                    "image": place,
-                    "kind": kind,
-                    "label": names[labels[place]],
-                    "student": {"class": names[mine[place]], "probability": sure[0][i].item()},
-                    "teacher": {"class": names[other[place]], "probability": sure[1][i].item()},
-                }
-            )
+    labels, names, images = student.labels, list(student.row["per_class"]), []
+    logits = {"student": student.logits, "teacher": student.teacher_logits}
+    best = {who: each.argmax(1) for who, each in logits.items()}
+    sure = {who: each.double().softmax(1).nan_to_num().amax(1) for who, each in logits.items()}
+    mine, theirs = (each == labels for each in best.values())
+    kinds = {"only_teacher_right": theirs & ~mine, "only_student_right": mine & ~theirs}
+    kinds["both_wrong"] = ~mine & ~theirs & (best["student"] != best["teacher"])
+    kinds = {kind: where.nonzero()[:, 0] for kind, where in kinds.items()}
+    used = {kind: places for kind, places in kinds.items() if len(places)}
+    for kind, places in used.items():
+        order = (sure["student"] + sure["teacher"])[places].argsort(descending=True, stable=True)
+        for i in places[order][: max(1, most // len(used))].tolist():
+            answers = {who: {"class": names[best[who][i]], "probability": sure[who][i].item()} for who in logits}
+            images.append({"image": i, "kind": kind, "label": names[labels[i]], **answers})
     return {"run": student.name, "counts": {kind: len(places) for kind, places in kinds.items()}, "images": images}
 
 
@@ -105,11 +91,10 @@ def soft_targets(students: list[Measured]) -> list[dict]:
         different classes, those of which it is most nearly 80 % sure: each one's position, `label`, likeliest `classes`
         and for each temperature their `probabilities`, and where there are more classes that of all others.
     """
-    found: dict[tuple, list[Measured]] = {}
+    found, parts = {}, []
     for student in students:
-        names = student.row["teacher"]
-        found.setdefault((str(names), student.row["config"]["teacher_mean"], student.row["images"]), []).append(student)
-    parts = []
+        row = student.row
+        found.setdefault((str(row["teacher"]), row["config"]["teacher_mean"], row["images"]), []).append(student)
     for taught in list(found.values())[:MOST_TEACHERS]:
         first, names = taught[0], taught[0].row["teacher"]
         losses = [loss for s in taught for loss in s.row["config"].get("losses") or []]
@@ -130,9 +115,7 @@ def _instructive(logits: Tensor, labels: Tensor) -> list[int]:
     chosen: dict[int, int] = {}
     for i in right[distance.argsort(stable=True)].tolist():
         chosen.setdefault(labels[i].item(), i)
-        if len(chosen) == SOFT_IMAGES:
-            break
-    return list(chosen.values())
+    return list(chosen.values())[:SOFT_IMAGES]
 
 
 def _soften(logits: Tensor, classes: list[str], temperatures: list[float]) -> dict:
@@ -144,14 +127,13 @@ def _soften(logits: Tensor, classes: list[str], temperatures: list[float]) -> di
     return {"classes": [classes[i] for i in top.tolist()], "probabilities": rows}
 
 
-def _file_name(result: Measured, place: int, cache_dir: str | None) -> str | None:
+def _file_name(result: Measured, place: int) -> str | None:
     """An image's file below its source's folder, or its row there; None where images are no files, or some were left
     out."""
     row, store = result.row, result.view.store
     if not Path(row["source"]).expanduser().is_dir():
         return None
-    columns = (row["config"]["data"].get(key) for key in ("image_column", "label_column"))
-    splits = _raw_splits(row["source"], cache_folder(cache_dir), *columns)
+    splits = _raw_splits(json.dumps(result.settings))
     raw, where = splits.get(row["split"], splits["train"]), int(result.view.places[place])
     if not np.array_equal(raw.labels, store.labels):
         return None
@@ -159,10 +141,8 @@ def _file_name(result: Measured, place: int, cache_dir: str | None) -> str | Non
 
 
 @functools.cache
-def _raw_splits(
-    source: str, cache_dir: Path, image_column: str | None, label_column: str | None
-) -> dict[str, RawSplit]:
-    return find_source(source, cache_dir, cache_dir, image_column, label_column).open()[1]
+def _raw_splits(settings: str) -> dict[str, RawSplit]:
+    return open_source(DataConfig(**json.loads(settings)))[0].open()[1]
 
 
 def _picture(view, place: int) -> str:

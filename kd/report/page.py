@@ -1,6 +1,6 @@
 """The project's HTML pages: one file each, everything inside it, no network, no script, from the templates beside this.
 
-The browser is told so too (a content security policy), and what is filled in is escaped, so that a name that looks like
+A content security policy holds the browser to that, and what is filled in is escaped, so that a name that looks like
 a script is never run.
 """
 

@@ -1,8 +1,8 @@
 """Plots of runs, for a notebook and for the report: each function returns a matplotlib figure.
 
-`runs` are those of `kd.runs("runs/")` or rows of `kd.results("report")["runs"]`. Nothing is told by colour alone: the
-palette (Okabe and Ito's, its light colours darkened) is told apart by the colour-blind and stands out from white and
-from black, and each series has a marker and a line of its own.
+`runs` are those of `kd.runs("runs/")` or rows of `kd.results("report")["runs"]`. Nothing is shown by colour alone: the
+palette (Okabe and Ito's, its light colours darkened) can be told apart by the colour-blind and stands out from white
+and from black, and each series has a marker and a line of its own.
 """
 
 from __future__ import annotations
@@ -12,36 +12,32 @@ import io
 import math
 import re
 import warnings
-import xml.etree.ElementTree as ET
 from collections.abc import Iterable
+from html import escape
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from kd.measure.compare import group_names, pareto, spread
+from kd.measure.compare import by_experiment, group_names, pareto, spread
 from kd.report.tables import class_gains as gains
 from kd.report.tables import short_names
 
 INK = "#1b1e23"  # becomes the text's colour on the page, so that the plots are legible in dark mode too
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c46a9c", "#a87a00", "#7f7f7f")
 MARKERS, LINES = "oDs^vX", ("-", "--", "-.", ":")
-MOST_NAMED = 12  # series or points that are named in a plot; with more of them the numbers beneath tell which is which
+MOST_NAMED = 12  # series or points that are named in a plot; with more of them the numbers beneath show which is which
 MOST_PANELS = 8
 MOST_CLASSES = 20  # of a whole confusion matrix, and of the bars
 _STYLE = {
     "font.size": 11,
     "font.sans-serif": ["DejaVu Sans"],
     "text.parse_math": False,  # a dollar in a name is a dollar
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    "axes.titlesize": 10,
+    "grid.alpha": 0.3,
+    "legend.fontsize": 10,
     "lines.linewidth": 1.6,
     "lines.markersize": 6,
 }
@@ -68,11 +64,12 @@ def _plot(draw):
 
 
 def _series(number: int) -> dict:
-    return {
-        "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": LINES[number % len(LINES)],
-    }
+    kinds = {"color": COLOURS, "marker": MARKERS, "linestyle": LINES}
+    return {key: values[number % len(values)] for key, values in kinds.items()}
+
+
+def _legend(figure: Plot, axes, columns: int = 2) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
 
 def _rows(runs: Iterable) -> list[dict]:
@@ -83,20 +80,16 @@ def _rows(runs: Iterable) -> list[dict]:
 
 def _groups(rows: list[dict]) -> dict[str, list[dict]]:
     """Rows of one experiment on the same images by a short name."""
-    found: dict[tuple, list[dict]] = {}
-    for row in rows:
-        found.setdefault((row["experiment"], row["images"]), []).append(row)
-    names = short_names(group_names(list(found.values())))
-    return dict(zip(names, found.values(), strict=True))
+    found = by_experiment(rows)
+    return dict(zip(short_names(group_names(found)), found, strict=True))
 
 
 @_plot
 def learning_curves(figure: Plot, runs) -> None:
     """Validation accuracy and training loss against the epoch, a line for each of `kd.runs`; seeds look alike."""
     figure.set_size_inches(5.2, 6)
-    runs = [run for run in runs if run.epochs]
     found: dict[str, list] = {}
-    for run in runs:
+    for run in (run for run in runs if run.epochs):
         found.setdefault(run.experiment, []).append(run)
     names = short_names(group_names([[{"run": run.name} for run in members] for members in found.values()]))
     panels = (("val/accuracy", "validation accuracy, %"), ("epoch/loss", "training loss (log scale)"))
@@ -108,12 +101,11 @@ def learning_curves(figure: Plot, runs) -> None:
                 x, y = zip(*points, strict=True) if points else ((), ())
                 axes.plot(x, y, **style, label=None if i else names[number])
         axes.set_ylabel(title)
-        axes.grid(alpha=0.3)
-    axes.set_yscale("log")
-    axes.set_xlabel("epoch")
+        axes.grid()
+    axes.set(yscale="log", xlabel="epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(found) <= MOST_NAMED:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=10)
+        _legend(figure, axes)
 
 
 @_plot
@@ -131,8 +123,7 @@ def accuracy_against_cost(figure: Plot, runs, cost: str = "multiply_adds") -> No
     axes.step(*zip(*front, strict=True), where="post", color=COLOURS[-1], linestyle=":", label="Pareto front")
     # Where the labels of points of equal cost go, the most accurate first, so that they do not cover each other.
     sides = (("left", (8, 5)), ("right", (-8, -13)), ("left", (8, -13)), ("right", (-8, 5)))
-    seen: set[str] = set()
-    placed: dict[str, int] = {}
+    seen, placed = set(), {}
     for name in sorted(points, key=lambda name: -points[name][0]):
         accuracy, adds = points[name]
         kind = "distilled" if groups[name][0]["teacher"] else "trained on labels"
@@ -145,19 +136,17 @@ def accuracy_against_cost(figure: Plot, runs, cost: str = "multiply_adds") -> No
         seen.add(kind)
         if len(points) <= MOST_NAMED or best[name]:
             side, offset = sides[number % len(sides)]
-            axes.annotate(
-                _short(name, 36), (x, accuracy), textcoords="offset points", xytext=offset, ha=side, fontsize=10
-            )
+            where = {"textcoords": "offset points", "xytext": offset, "ha": side}
+            axes.annotate(_short(name, 36), (x, accuracy), **where, fontsize=10)
     costs = [adds for _, adds in points.values()]
-    axes.set_xscale("log")
-    axes.set_xlim(min(costs) / 3, max(costs) * 3)
+    words = {"multiply_adds": "multiply-adds per image"}.get(cost, "parameters") + " (log scale)"
+    axes.set(xscale="log", xlim=(min(costs) / 3, max(costs) * 3), xlabel=words)
+    axes.set_ylabel(f"{rows[0]['split']} accuracy, %")
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.xaxis.set_minor_formatter("")
     axes.margins(y=0.25)
-    axes.set_xlabel({"multiply_adds": "multiply-adds an image"}.get(cost, "parameters") + " (log scale)")
-    axes.set_ylabel(f"{rows[0]['split']} accuracy, %")
-    axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=10)
+    axes.grid()
+    _legend(figure, axes, 3)
 
 
 def error(rows: list[dict]) -> float:
@@ -177,25 +166,22 @@ def reliability(figure: Plot, rows: list[dict]) -> None:
     columns = min(2, len(rows))
     figure.set_size_inches(2.6 * columns, 2.75 * math.ceil(len(rows) / columns))
     names = short_names([row["run"] for row in rows])
-    panels = figure.subplots(math.ceil(len(rows) / columns), columns, sharex=True, sharey=True, squeeze=False)
-    panels = list(panels.flat)
+    shape = math.ceil(len(rows) / columns), columns
+    panels = list(figure.subplots(*shape, sharex=True, sharey=True, squeeze=False).flat)
     for number, (axes, row) in enumerate(zip(panels, rows, strict=False)):
         bins = [part for part in row["reliability"] if part["count"]]
-        sure, right = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
+        sure, right, style = [b["confidence"] for b in bins], [b["accuracy"] for b in bins], _series(number)
         axes.plot([0, 100], [0, 100], color=INK, linestyle="--", linewidth=1)
-        style = _series(number)
         axes.vlines(sure, sure, right, color=style["color"], linewidth=1)
         area = [12 + 120 * part["count"] / row["num_images"] for part in bins]
         axes.scatter(sure, right, s=area, color=style["color"], marker=style["marker"])
-        axes.set_title(f"{names[number]}\nECE {row['calibration_error']:.2f} %", fontsize=10)
-        axes.set_xlim(-3, 103)
-        axes.set_ylim(-3, 103)
-        axes.set_aspect("equal")
-        axes.grid(alpha=0.3)
+        axes.set_title(f"{names[number]}\nECE {row['calibration_error']:.2f} %")
+        axes.set(xlim=(-3, 103), ylim=(-3, 103), aspect="equal")
+        axes.grid()
     for axes in panels[len(rows) :]:
         axes.remove()
-    figure.supxlabel("confidence, %", fontsize=11, color=INK)
-    figure.supylabel("accuracy, %", fontsize=11, color=INK)
+    figure.supxlabel("confidence, %", fontsize=11)
+    figure.supylabel("accuracy, %", fontsize=11)
 
 
 @_plot
@@ -206,7 +192,8 @@ def confusion(figure: Plot, row: dict) -> None:
         pairs = row["confused"][:MOST_CLASSES][::-1]
         figure.set_size_inches(5.2, 1 + 0.24 * max(2, len(pairs)))
         axes = figure.subplots()
-        bars = axes.barh([_pair(pair) for pair in pairs], [pair["count"] for pair in pairs], color=COLOURS[0])
+        names = [f"{_short(pair['label'])} → {_short(pair['predicted'])}" for pair in pairs]
+        bars = axes.barh(names, [pair["count"] for pair in pairs], color=COLOURS[0])
         axes.bar_label(bars, padding=3, fontsize=9)
         axes.tick_params(axis="y", labelsize=9)
         axes.set_xlabel("images")
@@ -216,8 +203,7 @@ def confusion(figure: Plot, row: dict) -> None:
     axes = figure.subplots()
     shares = [[count / max(1, sum(line)) for count in line] for line in counts]
     axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.invert_yaxis()
-    axes.set_aspect("equal")
+    axes.set(ylim=(len(names), 0), aspect="equal")
     ticks, labels = [i + 0.5 for i in range(len(names))], [_short(name) for name in names]
     long = max(map(len, labels)) > 2
     axes.set_xticks(ticks, labels, rotation=60 if long else 0, ha="right" if long else "center", fontsize=9)
@@ -227,8 +213,7 @@ def confusion(figure: Plot, row: dict) -> None:
             if count:
                 colour = "white" if shares[i][j] > 0.5 else "black"
                 axes.text(j + 0.5, i + 0.5, count, ha="center", va="center", fontsize=9, color=colour)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("label")
+    axes.set(xlabel="predicted", ylabel="label")
 
 
 @_plot
@@ -249,9 +234,9 @@ def class_gains(figure: Plot, rows: list[dict], groups: list[dict]) -> None:
         axes.plot(x, height, **style, label=known[name])
     axes.set_yticks(range(len(shown)), [_short(name) for name in shown], fontsize=10)
     axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.3)
+    axes.grid(axis="x")
     axes.set_xlabel("gain in accuracy on the class, points")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=10)
+    _legend(figure, axes)
 
 
 def most_unlike(columns: list[dict[str, float | None]], most: int = MOST_CLASSES) -> list[str]:
@@ -276,17 +261,13 @@ def soft_targets(figure: Plot, image: dict, temperatures: list[float]) -> None:
         axes.set_xlim(0, 1.65)  # room for the number beside a bar of 1
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
-        axes.set_title(f"T = {temperature:g}", fontsize=10, loc="left")
+        axes.set_title(f"T = {temperature:g}", loc="left")
     panels[0].set_yticks(places, labels, fontsize=10)
     panels[0].invert_yaxis()
 
 
 def _short(name: str, most: int = 18) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def _pair(pair: dict) -> str:
-    return f"{_short(pair['label'])} → {_short(pair['predicted'])}"
 
 
 def png(figure: Figure) -> bytes:
@@ -298,7 +279,6 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-_SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _FONT = "font-family: 'DejaVu Sans', sans-serif; "  # left out, so that the page's font is taken
 
 
@@ -307,30 +287,18 @@ def svg(figure: Figure, key: str, title: str, description: str) -> str:
 
     Args:
         key: in front of the ids in it, which must be the page's only ones.
-        title, description: what a screen reader says in its place.
+        title, description: what a screen reader reads in its place.
     """
     buffer = io.StringIO()
     names = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata=names)
-    ET.register_namespace("", _SVG)
-    ET.register_namespace("xlink", _LINK)
-    root = ET.fromstring(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "\ufffd", buffer.getvalue()))
-    for parent in root.findall(f".//{{{_SVG}}}style/..") + root.findall(f".//{{{_SVG}}}metadata/.."):
-        for child in [child for child in parent if child.tag in (f"{{{_SVG}}}style", f"{{{_SVG}}}metadata")]:
-            parent.remove(child)
-    used = set(re.findall(r"(?:url\(|href=.)#([\w-]+)", ET.tostring(root, "unicode")))
-    for element in root.iter():
-        if (identity := element.attrib.pop("id", None)) in used:
-            element.set("id", f"{key}-{identity}")
-        for name, value in element.attrib.items():
-            value = f"#{key}-{value[1:]}" if name.endswith("}href") else value.replace("url(#", f"url(#{key}-")
-            element.set(name, value.replace(INK, "currentColor").replace(_FONT, ""))
-    for tag, text in (("desc", description), ("title", title)):
-        child = ET.Element(f"{{{_SVG}}}{tag}", {"id": f"{key}-{tag}"})
-        child.text = text
-        root.insert(0, child)
-    root.attrib.update({"role": "img", "aria-labelledby": f"{key}-title", "aria-describedby": f"{key}-desc"})
-    root.set("style", "stroke-linejoin: round")
-    return ET.tostring(root, "unicode")
+    _, start, drawn = buffer.getvalue().partition("<svg ")
+    drawn = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "\ufffd", drawn)
+    # Its style would hold for the whole page, and its groups have the same ids in each figure; others have the salt.
+    drawn = re.sub(r"<(metadata|style).*?</\1>", "", drawn, flags=re.S)
+    drawn = re.sub(r'<g id="[^"]*"', "<g", drawn).replace(INK, "currentColor").replace(_FONT, "")
+    head = f'role="img" aria-labelledby="{key}-title" aria-describedby="{key}-desc" style="stroke-linejoin: round" '
+    words = f'<title id="{key}-title">{escape(title)}</title><desc id="{key}-desc">{escape(description)}</desc>'
+    return start + head + drawn.replace(">", f">{words}", 1)

@@ -27,27 +27,8 @@ from kd.report.tables import (
 MOST_RUNS = 6  # whose confusion is shown
 MOST_COLUMNS = plots.MOST_PANELS  # groups in the table of classes
 MOST_LINES = 300  # of the learning curves' numbers
-SECTIONS = {
-    "results": "Results",
-    "comparison": "Comparison",
-    "cost": "Accuracy against cost",
-    "curves": "Learning curves",
-    "reliability": "Reliability",
-    "classes": "Classes",
-    "speed": "Speed and memory",
-    "confusion": "Confusion",
-    "differences": "Where student and teacher differ",
-    "soft-targets": "What the teacher teaches",
-    "corruptions": "Corrupted images",
-    "features": "Likeness of features",
-    "runs": "How the runs were made",
-}
-_KINDS = {
-    "only_teacher_right": "only the teacher is right",
-    "only_student_right": "only the student is right",
-    "both_wrong": "both are wrong and differ",
-}
-_SCALED = {
+_SCALED = {  # as `kd.report.tables.COLUMNS`
+    "run": ("run", ""),
     "temperature": ("temperature", ".3f"),
     "NLL": ("nll", ".4f"),
     "NLL with it": ("nll_scaled", ".4f"),
@@ -70,15 +51,8 @@ def report_page(content: dict, records: list[Record], pictures: dict[tuple[str, 
     content = _renamed(content, short)
     rows, groups = content["runs"], content["groups"]
     tables, curves, every = all_tables(rows, groups), *_curves(records, short)
-    there = {
-        "comparison": "comparison" in tables,
-        "curves": bool(curves.body),
-        "speed": "speed" in tables,
-        "differences": content["differences"],
-        "soft-targets": content["soft_targets"],
-        "corruptions": "corruptions" in tables,
-        "features": "features" in tables,
-    }
+    there = {key: key in tables for key in ("comparison", "speed", "corruptions", "features")}
+    there |= {"curves": curves.body, **{key: content[key.replace("-", "_")] for key in ("differences", "soft-targets")}}
     taught = {row["experiment"] for row in rows if row["agreement"] is not None}
     firsts, number = [members(rows, group)[0] for group in groups], itertools.count(1)
     return render(
@@ -87,12 +61,10 @@ def report_page(content: dict, records: list[Record], pictures: dict[tuple[str, 
         title=f"{'One run' if len(rows) == 1 else f'{len(rows)} runs'}: {caption(rows)}",
         verdicts=verdicts(groups),
         against=against(groups),
-        sections={key: name for key, name in SECTIONS.items() if there.get(key, True)},
-        halves=("cost", "curves", "reliability", "classes"),
+        absent=[section for section, found in there.items() if not found],
         folder=shared_folder(runs) if len(runs) > 1 else "",
         notes=[note for part in (*rows, *groups) for note in part["notes"]],
         pictures={(short[run], image): uri for (run, image), uri in pictures.items()},
-        kinds=_KINDS,
         named=lambda image: image["file"] or f"image {image['image']}",
         groups_left=len(taught) - len(content["differences"]),
         most_confusions=MOST_RUNS,
@@ -101,7 +73,7 @@ def report_page(content: dict, records: list[Record], pictures: dict[tuple[str, 
         curves=curves,
         every=every,
         reliability=_reliability(firsts[: plots.MOST_PANELS]),
-        scaled=_scaled(rows),
+        scaled=Table.of((row for row in rows if row["temperature"] is not None), _SCALED),
         classes=_classes(rows, groups),
         confusion_tables=_confusions,
         soft_table=_soft,
@@ -151,22 +123,14 @@ def _reliability(rows: list[dict]) -> Table:
     return Table(["run", "bin", "images", "confidence %", "accuracy %"], body)
 
 
-def _scaled(rows: list[dict]) -> Table:
-    body = [[row["run"], *(shown(row[key], form) for key, form in _SCALED.values())]
-            for row in rows if row["temperature"] is not None]  # fmt: skip
-    return Table(["run", *_SCALED], body)
-
-
 def _classes(rows: list[dict], groups: list[dict]) -> dict:
     """A `table` of the classes on which the groups are most unlike; whether it holds what is `gained`; what is left
     out in words, where it is `some`."""
     means, gained = class_accuracy(rows, groups), class_gains(rows, groups)
     columns = list(means)[:MOST_COLUMNS]
     every = list(dict.fromkeys(name for group in columns for name in means[group]))
-    apart = {}
-    for name in every:
-        values = [means[group][name] for group in columns if means[group].get(name) is not None]
-        apart[name] = max(values) - min(values) if values else 0.0
+    known = {name: [v for v in (means[group].get(name) for group in columns) if v is not None] for name in every}
+    apart = {name: max(values) - min(values) if values else 0.0 for name, values in known.items()}
     names = plots.most_unlike([apart]) if len(every) > plots.MOST_CLASSES else every
     some = ""
     if len(names) < len(every) or len(columns) < len(means):

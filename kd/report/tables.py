@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from kd.data.corrupt import SEVERITIES
 from kd.measure.compare import spread
@@ -21,26 +23,34 @@ MOST_PRINTED = 20  # classes of the printed table
 MOST_DENSE = 100  # classes of a confusion matrix that is kept whole
 MOST_PAIRS = 100  # of the most frequent mistakes
 
-# Title, key in a row, format, and unit.
-COLUMNS = (
-    ("top-1 %", "top1", ".2f", 1),
-    ("top-5 %", "top5", ".2f", 1),
-    ("NLL", "nll", ".4f", 1),
-    ("Brier", "brier", ".4f", 1),
-    ("ECE %", "calibration_error", ".2f", 1),
-    ("agrees %", "agreement", ".2f", 1),
-    ("parameters", "num_params", ",", 1),
-    ("multiply-adds", "multiply_adds", ",", 1),
-    ("MB", "bytes", ".2f", 1e6),
-    ("ms/image", "latency_ms", ".2f", 1),
-)
-SPEED = (
-    ("batch size", "batch_size", "", 1),
-    ("p50 ms", "p50_ms", ".2f", 1),
-    ("p95 ms", "p95_ms", ".2f", 1),
-    ("images/s", "images_per_second", ",.0f", 1),
-    ("peak MB", "peak_memory_bytes", ",.2f", 1e6),
-)
+# For each title a row's key, and the format of `shown`.
+COLUMNS = {
+    "run": ("run", ""),
+    "top-1 %": ("top1", ".2f"),
+    "top-5 %": ("top5", ".2f"),
+    "NLL": ("nll", ".4f"),
+    "Brier": ("brier", ".4f"),
+    "ECE %": ("calibration_error", ".2f"),
+    "agrees %": ("agreement", ".2f"),
+    "parameters": ("num_params", ","),
+    "multiply-adds": ("multiply_adds", ","),
+    "MB": ("bytes", "MB"),
+    "ms/image": ("latency_ms", ".2f"),
+}
+SPEED = {
+    "run": ("run", ""),
+    "batch size": ("batch_size", ""),
+    "p50 ms": ("p50_ms", ".2f"),
+    "p95 ms": ("p95_ms", ".2f"),
+    "images/s": ("images_per_second", ",.0f"),
+    "peak MB": ("peak_memory_bytes", "MB"),
+}
+CKA = {
+    "run": ("run", ""),
+    "student's module": ("student", ""),
+    "teacher's module": ("teacher", ""),
+    "CKA": ("cka", ".4f"),
+}
 
 
 @dataclass
@@ -54,6 +64,11 @@ class Table:
     body: list[list[str]]
     words: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, rows: Iterable[dict], columns: dict[str, tuple[str, str]], words: tuple[str, ...] = ()) -> Table:
+        """A line for each row, with its values under `columns`, such as `COLUMNS`."""
+        return cls(list(columns), [[shown(row[key], form) for key, form in columns.values()] for row in rows], words)
+
     def text(self) -> str:
         """For a terminal. Where that is too wide and the lines' names are paths, the folder they share goes above."""
         text, folder = _aligned(self.head, self.body), shared_folder([line[0] for line in self.body])
@@ -66,11 +81,21 @@ class Table:
         return "\n".join(f"| {' | '.join(map(in_markdown, line))} |" for line in lines)
 
 
+def shown(value: float | str | None, form: str) -> str:
+    """A value as text, a dash where there is none.
+
+    Args:
+        form: a format, or `MB` for a number of bytes.
+    """
+    return "-" if value is None else f"{value / 1e6:,.2f}" if form == "MB" else format(value, form)
+
+
 def _aligned(head: list[str], body: list[list[str]]) -> str:
-    rows = [[in_terminal(cell).replace("\n", "\\n") for cell in row] for row in (head, *body)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for first, *rest in rows)
-    return "\n".join(map("  ".join, lines))
+    from pandas import DataFrame  # slow to import
+
+    (corner, *titles), *lines = [[in_terminal(cell).replace("\n", "\\n") for cell in row] for row in (head, *body)]
+    frame = DataFrame([line[1:] for line in lines], [line[0] for line in lines], titles).rename_axis(columns=corner)
+    return frame.to_string(col_space=[len(title) + 1 for title in titles])  # two spaces apart: a title holds one
 
 
 def _width(text: str) -> int:
@@ -115,17 +140,24 @@ def to_markdown(results: list[Measured], groups: list[dict], picture: str = "") 
 
 
 def all_tables(rows: list[dict], groups: list[dict]) -> dict[str, Table]:
-    """The tables that there are something to say in, by name."""
-    tables = {"runs": runs_table(rows)}
+    """The tables that there is something for, by name.
+
+    `runs`: accuracy, calibration, agreement with the teacher and cost of each run; `comparison` of groups of seeds;
+    `speed` by batch size; `corruptions`; `features`: how alike the student's and the teacher's modules are; `classes`:
+    each run's accuracy on each class in percent.
+    """
+    of_many = any(len(row["per_class"]) > 5 for row in rows)
+    columns = {title: column for title, column in COLUMNS.items() if of_many or column[0] != "top5"}
+    tables = {"runs": Table.of(rows, columns)}
     if len(groups) > 1 or groups[0]["n"] > 1:
         tables["comparison"] = comparison_table(groups)
-    if any(row["speed"] for row in rows):
-        tables["speed"] = speed_table(rows)
+    for name, key, columns, words in (("speed", "speed", SPEED, ()), ("features", "cka", CKA, tuple(CKA)[1:3])):
+        if lines := [{"run": row["run"], **part} for row in rows for part in row[key] or []]:
+            tables[name] = Table.of(lines, columns, words)
     if "corruptions" in rows[0]:
         tables["corruptions"] = corruption_table(rows, groups)
-    if any(row["cka"] for row in rows):
-        tables["features"] = cka_table(rows)
-    return {**tables, "classes": class_table(rows)}
+    classes = [[name, *(shown(row["per_class"].get(name), ".1f") for row in rows)] for name in rows[0]["per_class"]]
+    return {**tables, "classes": Table(["class", *(row["run"] for row in rows)], classes)}
 
 
 def caption(rows: list[dict]) -> str:
@@ -138,46 +170,24 @@ def caption(rows: list[dict]) -> str:
     return "; ".join(dict.fromkeys(seen))
 
 
-def shown(value: float | None, form: str, unit: float = 1) -> str:
-    """A number in a unit as text; a dash where there is none."""
-    return "-" if value is None else format(value if unit == 1 else value / unit, form)
-
-
-def runs_table(rows: list[dict]) -> Table:
-    """One line a run: accuracy, calibration, agreement with its teacher, cost."""
-    of_many = any(len(row["per_class"]) > 5 for row in rows)
-    columns = [column for column in COLUMNS if column[1] != "top5" or of_many]
-    body = [[row["run"], *(shown(row[key], form, unit) for _, key, form, unit in columns)] for row in rows]
-    return Table(["run", *(title for title, *_ in columns)], body)
-
-
 def comparison_table(groups: list[dict]) -> Table:
     """One line a group of seeds: accuracy, and what it gains over its baseline."""
     head = ["runs", "gain", "95 % interval", "top-1 %", "n", "McNemar p", "gap closed %", "Pareto front by"]
     body = []
     for group in groups:
-        top1, tests = group["spread"]["top1"], sorted(test["p"] for test in group["mcnemar"] or [])
+        top1, p = group["spread"]["top1"], sorted(test["p"] for test in group["mcnemar"] or [])
         front = [title for key, title in (("multiply_adds", "adds"), ("num_params", "params")) if group["front"][key]]
-        body.append(
-            [
-                group["name"],
-                shown(group["difference"], "+.2f"),
-                "-" if group["interval"] is None else "{:+.2f} to {:+.2f}".format(*group["interval"]),
-                f"{top1['mean']:.2f}" + ("" if top1["std"] is None else f" ± {top1['std']:.2f}"),
-                str(group["n"]),
-                " to ".join(dict.fromkeys(f"{p:.2g}" for p in (tests[0], tests[-1]))) if tests else "-",
-                shown(group["gap_closed"], ".0f"),
-                ", ".join(front) or "-",
-            ]
-        )
+        interval = "-" if group["interval"] is None else "{:+.2f} to {:+.2f}".format(*group["interval"])
+        accuracy = f"{top1['mean']:.2f}" + ("" if top1["std"] is None else f" ± {top1['std']:.2f}")
+        tests = " to ".join(dict.fromkeys(f"{end:.2g}" for end in (p[0], p[-1]))) if p else "-"
+        words = [interval, accuracy, str(group["n"]), tests, shown(group["gap_closed"], ".0f"), ", ".join(front) or "-"]
+        body.append([group["name"], shown(group["difference"], "+.2f"), *words])
     return Table(head, body)
 
 
 def against(groups: list[dict]) -> list[str]:
     """What the comparison table's gains are, a sentence or none."""
-    over: dict[str, list[str]] = {}
-    names = [group["name"] for group in groups]
-    short = dict(zip(names, short_names(names), strict=True))
+    short, over = _short(groups), {}
     for group in groups:
         if group["baseline"]:
             over.setdefault(short[group["baseline"]], []).append(short[group["name"]])
@@ -185,20 +195,24 @@ def against(groups: list[dict]) -> list[str]:
     return [f"Gain is the difference in top-1 accuracy, in points: {'; '.join(parts)}."] if parts else []
 
 
+def _short(groups: list[dict]) -> dict[str, str]:
+    names = [group["name"] for group in groups]
+    return dict(zip(names, short_names(names), strict=True))
+
+
 def verdicts(groups: list[dict]) -> list[str]:
     """Whether each group is better than its baseline, a sentence each: shown where the 95 % interval leaves out 0."""
-    names = short_names([group["name"] for group in groups])
-    known = {group["name"]: (name, group["n"]) for group, name in zip(groups, names, strict=True)}
-    sentences = []
+    short, seeds, sentences = _short(groups), {group["name"]: group["n"] for group in groups}, []
     for group in (group for group in groups if group["interval"]):
-        (name, n), (other, theirs) = known[group["name"]], known[group["baseline"]]
+        name, other = short[group["name"]], short[group["baseline"]]
         points, (low, high) = group["difference"], group["interval"]
+        few = ", of one seed" if 1 in (group["n"], seeds[group["baseline"]]) else ""
         text = f"no difference shown between {name} and {other}"
         if low > 0:
             text = f"{name} is better than {other} by {points:.1f} points"
         elif high < 0:
             text, low, high = f"{name} is worse than {other} by {-points:.1f} points", -high, -low
-        sentences.append(f"{text} (95 %: {low:.1f} to {high:.1f}{', of one seed' if min(n, theirs) == 1 else ''})")
+        sentences.append(f"{text} (95 %: {low:.1f} to {high:.1f}{few})")
     return sentences
 
 
@@ -206,20 +220,12 @@ def corruption_table(rows: list[dict], groups: list[dict]) -> Table:
     """Accuracy in percent of each group, the mean of its runs, for each corruption and severity, and the means."""
     body = []
     for group in groups:
-        mine = members(rows, group)
-        lines = {
-            name: [_mean(values) for values in zip(*(row["corruptions"][name] for row in mine), strict=True)]
-            for name in mine[0]["corruptions"]
-        }
-        lines["all"] = [_mean(values) for values in zip(*lines.values(), strict=True)]
+        found = [row["corruptions"] for row in members(rows, group)]
+        values = np.mean([list(each.values()) for each in found], axis=0)
         body.append([group["name"], "none", *("-" for _ in SEVERITIES), f"{group['spread']['top1']['mean']:.2f}"])
-        for name, values in lines.items():
-            body.append([group["name"], name, *(f"{value:.2f}" for value in (*values, _mean(values)))])
+        for name, line in zip([*found[0], "all"], [*values, values.mean(0)], strict=True):
+            body.append([group["name"], name, *(f"{value:.2f}" for value in (*line, line.mean()))])
     return Table(["runs", "corruption", *(f"severity {n}" for n in SEVERITIES), "mean"], body, ("corruption",))
-
-
-def _mean(values) -> float:
-    return sum(values) / len(values)
 
 
 def members(rows: list[dict], group: dict) -> list[dict]:
@@ -227,40 +233,12 @@ def members(rows: list[dict], group: dict) -> list[dict]:
     return [row for row in rows if row["run"] in group["runs"]]
 
 
-def cka_table(rows: list[dict]) -> Table:
-    """One line a pair of modules: how alike the student's and the teacher's are."""
-    body = [
-        [row["run"], part["student"], part["teacher"], shown(part["cka"], ".4f")]
-        for row in rows
-        for part in row["cka"] or []
-    ]
-    words = ("student's module", "teacher's module")
-    return Table(["run", *words, "CKA"], body, words)
-
-
-def speed_table(rows: list[dict]) -> Table:
-    """One line a run and batch size: the time of one batch, images a second, and the memory that it takes."""
-    body = [
-        [row["run"], *(shown(part[key], form, unit) for _, key, form, unit in SPEED)]
-        for row in rows
-        for part in row["speed"] or []
-    ]
-    return Table(["run", *(title for title, *_ in SPEED)], body)
-
-
-def class_table(rows: list[dict]) -> Table:
-    """One line a class: each run's accuracy on it in percent."""
-    body = [[name, *(shown(row["per_class"].get(name), ".1f") for row in rows)] for name in rows[0]["per_class"]]
-    return Table(["class", *(row["run"] for row in rows)], body)
-
-
 def class_accuracy(rows: list[dict], groups: list[dict]) -> dict[str, dict[str, float | None]]:
     """For each group by name: its accuracy in percent on each class, the mean of its runs."""
     means = {}
     for group in groups:
-        mine = members(rows, group)
-        found = {name: spread(row["per_class"][name] for row in mine) for name in mine[0]["per_class"]}
-        means[group["name"]] = {name: over and over["mean"] for name, over in found.items()}
+        each = [row["per_class"] for row in members(rows, group)]
+        means[group["name"]] = {name: (spread(one[name] for one in each) or {}).get("mean") for name in each[0]}
     return means
 
 
@@ -293,19 +271,19 @@ def content(results: list[Measured], groups: list[dict]) -> dict:
     """`runs`: all numbers of all runs, and notes; `groups`: as `kd.measure.compare.compare` gives them.
 
     `confusion` (row: label, column: prediction) is None of more than 100 classes; `confused` are the 100 most frequent
-    mistakes. A number that is not finite becomes None.
+    mistakes. A number that is not finite becomes None, and half a character, which no file can hold, a question mark.
     """
     runs = []
     for result in results:
         counts, names = result.confusion, list(result.row["per_class"])
         wrong = counts.clone().fill_diagonal_(0)
-        most, where = wrong.flatten().sort(descending=True, stable=True)
-        pairs = zip(most[:MOST_PAIRS].tolist(), where[:MOST_PAIRS].tolist(), strict=True)
-        pairs = [(count, *divmod(place, len(names))) for count, place in pairs if count]
-        confused = [{"label": names[i], "predicted": names[j], "count": count} for count, i, j in pairs]
+        pairs = zip(wrong.nonzero().tolist(), wrong[wrong > 0].tolist(), strict=True)
+        pairs = sorted(pairs, key=lambda pair: -pair[1])[:MOST_PAIRS]
+        confused = [{"label": names[i], "predicted": names[j], "count": count} for (i, j), count in pairs]
         confusion = counts.tolist() if len(names) <= MOST_DENSE else None
         runs.append({**result.row, "confusion": confusion, "confused": confused, "notes": result.notes})
-    return _plain({"runs": runs, "groups": groups})
+    text = json.dumps({"runs": runs, "groups": groups}, ensure_ascii=False).encode("utf-8", "replace")
+    return json.loads(text, parse_constant=lambda _: None)
 
 
 def to_json(content: dict) -> bytes:
@@ -313,40 +291,26 @@ def to_json(content: dict) -> bytes:
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
-def _plain(value):
-    """The value without numbers that are not finite and letters that no file can hold."""
-    if isinstance(value, dict):
-        return {_plain(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def to_csv(results: list[Measured], groups: list[dict]) -> str:
     """One line a run: its single numbers, and those of its group, whose columns begin with `group_`."""
+    from pandas import DataFrame  # slow to import
+
     lines = []
     for result in results:
         group = next(group for group in groups if result.name in group["runs"])
-        low, high = group["interval"] or (None, None)
-        top1 = group["spread"]["top1"]
-        keys = ("name", "n", "baseline", "difference", "gain", "gap_closed")
-        whole = {**{key: group[key] for key in keys}, "interval_low": low, "interval_high": high}
-        whole |= {"top1_mean": top1["mean"], "top1_std": top1["std"]}
-        whole |= {f"front_{key}": value for key, value in group["front"].items()}
-        row = {key: value for key, value in result.row.items() if not isinstance(value, dict | list)}
-        row = {key: value for key, value in row.items() if key not in ("speed", "cka")}
+        row = {
+            key: v for key, v in result.row.items() if not isinstance(v, dict | list) and key not in ("speed", "cka")
+        }
         names = result.row["teacher"] or []
         row["teacher"] = names if isinstance(names, str) else " ".join(names)
         row |= {key: len(result.row[key] or []) for key in ("only_student_right", "only_teacher_right") if names}
         for part in result.row["speed"] or []:
-            size = part["batch_size"]
-            row |= {f"{key}_batch_{size}": part[key] for _, key, *_ in SPEED[1:]}
-        lines.append({**row, **{f"group_{key}": value for key, value in whole.items()}})
-    import pandas  # slow to import
-
-    return pandas.DataFrame(lines, dtype=object).to_csv(index=False)
+            row |= {f"{key}_batch_{part['batch_size']}": part[key] for key, _ in list(SPEED.values())[2:]}
+        row |= {f"group_{key}": group[key] for key in ("name", "n", "baseline", "difference", "gain", "gap_closed")}
+        row["group_interval_low"], row["group_interval_high"] = group["interval"] or (None, None)
+        row |= {f"group_top1_{key}": value for key, value in group["spread"]["top1"].items()}
+        lines.append(row | {f"group_front_{key}": value for key, value in group["front"].items()})
+    return DataFrame(lines, dtype=object).to_csv(index=False)
 
 
 def all_notes(results: list[Measured], groups: list[dict]) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kd.data import Data, Split, load_data
+from kd.data import Data, load_data
 from kd.models import Classifier, View, bare, build_network, fill, read_weights, torchvision_nets
 from kd.run.config import AdoptConfig, TeacherConfig
 from kd.run.parse import parse
@@ -49,10 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         if run.is_main and Path(config.weights).is_file():
             run.inputs["weights"] = {config.weights: hashlib.sha256(Path(config.weights).read_bytes()).hexdigest()}
         run.begin()
-        tracker = Tracker(accelerator, run, training, "", 0)
-        return conclude(
-            Fitted(Kept(learner, accelerator, {}), tracker, Progress(), 0), data, training, accelerator, run
-        )
+        fitted = Fitted(Kept(learner, accelerator, {}), Tracker(accelerator, run, training, "", 0), Progress(), 0)
+        return conclude(fitted, data, training, accelerator, run)
 
 
 def _untrained(config: AdoptConfig) -> TeacherConfig:
@@ -64,12 +62,7 @@ def _untrained(config: AdoptConfig) -> TeacherConfig:
 
 
 def trained(config: AdoptConfig, data: Data) -> Classifier:
-    """The network with the weights of the file, all of them.
-
-    Raises:
-        UserError: unknown names, weights that do not fit, among them a head of another number of classes; images of the
-            wrong size.
-    """
+    """The network with the weights of the file, all of them; weights that do not fit are a UserError."""
     name, settings = bare(config.model), config.data
     state = read_weights(name, config.weights)
     network = build_network(name, len(data.classes), config.model_args, trust=True)
@@ -88,11 +81,7 @@ def trained(config: AdoptConfig, data: Data) -> Classifier:
 
 
 def read_classes(file: str, known: list[str]) -> list[str]:
-    """The network's class names in its order, from a file with one per line.
-
-    Raises:
-        UserError: it cannot be read, or does not name each class of the data once.
-    """
+    """The network's class names in its order, from a file with one per line that names each class of the data once."""
     try:
         names = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
@@ -113,8 +102,9 @@ def relabelled(data: Data, names: list[str]) -> Data:
     if names == data.classes:
         return data
     order = np.array([names.index(name) for name in data.classes])
-
-    def moved(split: Split | None) -> Split | None:
-        return split and replace(split, store=replace(split.store, labels=order[split.store.labels]))
-
-    return replace(data, classes=names, train=moved(data.train), val=moved(data.val), test=moved(data.test))
+    splits = {key: getattr(data, key) for key in ("train", "val", "test")}
+    moved = {
+        key: split and replace(split, store=replace(split.store, labels=order[split.store.labels]))
+        for key, split in splits.items()
+    }
+    return replace(data, classes=names, **moved)

@@ -5,35 +5,60 @@ python -m kd.sweep sweeps/digits_kl.yaml --trials 20
 
 from __future__ import annotations
 
-import argparse
 import collections
+import functools
 import itertools
 import json
+import math
+import os
 import subprocess
+import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
+from operator import index
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from jsonargparse.typing import NonNegativeInt
 
-from kd.tools.sweep_file import SweepFile, optuna
-from kd.util.errors import CommandParser, UserError, say
+from kd.run.config import DistillConfig, Seed, TeacherConfig
+from kd.run.parse import parse, read_yaml
+from kd.util.contents import read_rows
+from kd.util.errors import CommandParser, UserError, say, unknown
 from kd.util.files import write_atomic
 from kd.util.machine import end_with_parent
 
+try:
+    import optuna
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+except ModuleNotFoundError:
+    raise UserError("kd.sweep needs the package optuna; pip install optuna") from None
+
 MAX_FAILURES = 3  # one after another: then it is the sweep that is wrong, not the values of one trial
 SECONDS = 0.5  # between two looks at a trial
+PROGRAMS = {"distill.py": DistillConfig, "train_teacher.py": TeacherConfig}
+LOG = functools.partial(FloatDistribution, log=True)
+RANGES = {
+    "int_uniform": lambda low, high: IntDistribution(index(low), index(high)),
+    "uniform": FloatDistribution,
+    "q_uniform": FloatDistribution,
+    "log_uniform": lambda low, high: LOG(math.exp(low), math.exp(high)),  # its bounds are exponents of e
+    "log_uniform_values": LOG,
+    "q_log_uniform_values": LOG,
+}
+METHODS = ["bayes", "grid", "random"]
+METRICS = [{"name": "val/accuracy", "goal": "maximize"}, {"name": "val/nll", "goal": "minimize"}]
+THEIRS = ("apiVersion", "description", "entity", "kind", "name", "project")  # of a sweep on W&B's server
+name_of = "trial_{:04d}".format  # a trial's name, and its run folder's
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run trials until there are as many as wanted, and show the best; the exit status."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = CommandParser(prog="python -m kd.sweep", description=__doc__, formatter_class=form)
+    parser = CommandParser("sweep", __doc__)
     parser.add_argument("file", help="a sweep in W&B's format, such as those of sweeps/")
     trials = "how many there are at the end, of all workers; default the file's run_cap"
-    parser.add_argument("--trials", type=whole_number, metavar="N", help=trials)
-    parser.add_argument("--seed", type=whole_number, default=0, help="of what is drawn (default 0)")
+    parser.add_argument("--trials", type=NonNegativeInt, metavar="N", help=trials)
+    parser.add_argument("--seed", type=Seed, default=0, help="of what is drawn (default 0)")
     arguments = parser.parse_args(argv)
     sweep = SweepFile(arguments.file)
     limit = sweep.run_cap if arguments.trials is None else arguments.trials
@@ -49,24 +74,108 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def whole_number(text: str) -> int:
-    """A flag's value, 0 or more; a ValueError for another."""
-    return range(2**31).index(int(text))
+def read_parameter(distribution=None, q=None, **given) -> tuple:
+    """Optuna's distribution of a parameter, and what is drawn is rounded to multiples of, None for not."""
+    if given.keys() in ({"value"}, {"values"}) and distribution in (None, "constant", "categorical") and q is None:
+        values = [given["value"]] if "value" in given else list.copy(given["values"])
+        # a list or mapping becomes the text that a flag takes
+        plain = [v if isinstance(v, str | int | float) else json.dumps(v, default=str) for v in values]
+        return CategoricalDistribution(plain), None
+    low, high = given.pop("min"), given.pop("max")
+    kind = distribution or ("int_uniform" if isinstance(low, int) and isinstance(high, int) else "uniform")
+    q = 1 if q is None and kind.startswith("q_") else q
+    sound = math.isfinite(low + high) and (q is None or 0 < q < math.inf)
+    if given or not sound or kind.startswith("q_") is (q is None):
+        raise ValueError
+    return RANGES[kind](low, high), q
+
+
+def read_hyperband(type, min_iter=None, max_iter=None, s=None, eta=3) -> optuna.pruners.BasePruner:
+    """Asynchronous successive halving (https://arxiv.org/abs/1810.05934)."""
+    if type != "hyperband":
+        raise ValueError
+    first = max_iter // eta**s if min_iter is None else min_iter  # W&B: max_iter / eta^s, ..., max_iter / eta
+    return optuna.pruners.SuccessiveHalvingPruner(min_resource=index(first), reduction_factor=index(eta))
+
+
+# For each key of https://docs.wandb.ai/models/sweeps/sweep-config-keys what reads its value (an error: it is wrong) and
+# what it takes.
+TAKES = {
+    "program": (list(PROGRAMS).index, " or ".join(PROGRAMS)),
+    "method": (METHODS.index, ", ".join(METHODS)),
+    "metric": (METRICS.index, f"one of {METRICS}; nothing is selected on the test split"),
+    "parameters": (
+        dict.items,
+        "fields of the program, dotted as optimizer.lr, each with value, values (a list), or min and max (in order; "
+        "above 0 for log_uniform_values), with q (above 0) for q_...; distribution: " + ", ".join(RANGES),
+    ),
+    "command": (
+        lambda words: list.index(words, "${args}", words.index("${program}")),
+        "a list of words with ${program} and, after it, ${args}",
+    ),
+    "early_terminate": (
+        lambda given: optuna.pruners.NopPruner() if given is None else read_hyperband(**given),
+        "type: hyperband, min_iter (an epoch) or max_iter and s, and eta (2 or more)",
+    ),
+    "run_cap": (lambda cap: cap is None or 1 // max(0, index(cap)), "a number of trials"),
+}
+
+
+def take(key: str, value, read=None, name: str = ""):
+    """What a key's value is read as; whatever that raises becomes one line that says what would be right."""
+    try:
+        return (read or TAKES[key][0])(value)
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError):
+        raise UserError(f"{key}{name} is {str(value)[:200]}; it takes {TAKES[key][1]}") from None
+
+
+class SweepFile:
+    """A sweep's file, read; another sweep is one whose `identity` differs."""
+
+    def __init__(self, file: str):
+        content = dict.fromkeys(TAKES) | read_yaml(Path(file))
+        for key in content:
+            if key not in (*TAKES, *THEIRS):
+                raise unknown(f"key of {file}", key, (*TAKES, *THEIRS))
+        found = {key: take(key, content[key]) for key in TAKES}
+        self.program, self.method, self.run_cap = (content[key] for key in ("program", "method", "run_cap"))
+        (self.metric, self.goal), self.pruner = METRICS[found["metric"]].values(), found["early_terminate"]
+        self.command = content["command"][content["command"].index("${program}") + 1 :]
+        self.parameters = {
+            str(name): take("parameters", spec, lambda given: read_parameter(**given), f".{name}")
+            for name, spec in found["parameters"]
+        }
+        self.sets = {name: each for name, (each, _) in self.parameters.items()}
+        ranges = [name for name, each in self.sets.items() if hasattr(each, "low")]
+        self.first = {name: each.low if name in ranges else each.choices[0] for name, each in self.sets.items()}
+        if ranges and self.method == "grid":
+            raise UserError(f"method grid takes value or values, and {ranges[0]} has min and max; use random or bayes")
+        self.identity = json.loads(json.dumps([content[key] for key in list(TAKES)[:5]], default=str))
+
+    def trial(self, name: str, drawn: dict) -> tuple:
+        """The command of a trial, for values that Optuna drew, and the config that it runs."""
+        os.environ["WANDB_RUN_ID"] = name  # as W&B's agent does; the command names the folder by it
+        given = [f"--{key}={value}" for key, value in self.values(drawn).items()]
+        flags = [str(flag) for word in self.command for flag in (given if word == "${args}" else [word])]
+        config = parse(PROGRAMS[self.program], flags)
+        if Path(config.output_dir).name != name:
+            raise UserError("each trial needs a folder of its own: put --output_dir=FOLDER/$WANDB_RUN_ID into command")
+        return [sys.executable, self.program, *flags], config
+
+    def values(self, drawn: dict) -> dict:
+        """What Optuna drew, rounded."""
+        return {key: round(drawn[key] / q) * q if q else drawn[key] for key, (_, q) in self.parameters.items()}
 
 
 class Search:
     """A sweep's trials in an Optuna study beside their run folders, which several workers may hold at once.
 
-    Args:
-        seed: what is drawn depends on it and on the trials before, not on how often the sweep was stopped.
-
-    Raises:
-        UserError: the script would refuse the command, or the folder holds another sweep's study.
+    What is drawn depends on `seed` and on the trials before, not on how often the sweep was stopped.
     """
 
     def __init__(self, sweep: SweepFile, seed: int):
         self.sweep, self.seed = sweep, seed
-        self.folder = Path(sweep.trial("trial", sweep.first())[1].output_dir).parent
+        self.folder = Path(sweep.trial("trial", sweep.first)[1].output_dir).parent
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock, journal = FileLock(self.folder / ".study.lock"), self.folder / "study.journal"
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -81,7 +190,7 @@ class Search:
 
     def next(self, limit: int | None) -> optuna.Trial | None:
         """A trial whose worker died, else a new one, None where there are `limit` that did not fail."""
-        sets = {name: each for name, (each, _) in self.sweep.parameters.items()}
+        sets = self.sweep.sets
         with self.lock:
             trials = self.study.get_trials(deepcopy=False)
             drawn = [trial for trial in trials if len(trial.params) == len(sets)]  # else its worker died drawing it
@@ -99,10 +208,10 @@ class Search:
                     return None
                 if all(trial.state.name != "WAITING" for trial in trials):
                     self.study.enqueue_trial(dict(zip(sets, chosen, strict=True)))
-            # the liar keeps workers that draw at once from drawing the same
-            kind, more = optuna.samplers.TPESampler, {"constant_liar": True}
-            kind, more = (kind, more) if self.sweep.method == "bayes" else (optuna.samplers.RandomSampler, {})
-            self.study.sampler = kind(seed=self.seed + len(drawn), **more)
+            seed = (self.seed + len(drawn)) % 2**32
+            self.study.sampler = optuna.samplers.RandomSampler(seed)
+            if self.sweep.method == "bayes":  # the liar keeps workers that draw at once from drawing the same
+                self.study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
             trial = self.study.ask(sets)
             self._hold(trial.number)
             return trial
@@ -115,11 +224,7 @@ class Search:
         return self.held.is_locked
 
     def run(self, trial: optuna.Trial) -> str | None:
-        """Run a trial, or what is left of it, and tell the study; why it failed, if it did.
-
-        Raises:
-            UserError: somebody else stopped it; it stays unfinished.
-        """
+        """Run a trial, or what is left of it, and tell the study; why it failed, if it did."""
         name, metric = name_of(trial.number), self.sweep.metric
         folder, log = self.folder / name, self.folder / f"{name}.log"
         say(f"{name}: {shown(trial.params)}")
@@ -127,15 +232,14 @@ class Search:
             command, config = self.sweep.trial(name, trial.params)
         except UserError as error:
             return self._end(trial, "FAIL", f"failed: {error}")
-        lagged, status = self._watch(trial, command, log, config.epochs)
+        lagged, status = self._watch(trial, command, folder, config.epochs)
         found, accuracies = measured(folder, metric), measured(folder, "val/accuracy")
         *_, words = ["it printed nothing", *filter(str.strip, log.read_text(errors="replace").splitlines())]
         if lagged is not None:
             best = self._best(lambda other: other.intermediate_values.get(lagged))[0]
-            lead = f"{best.intermediate_values[lagged]:.4g} of {name_of(best.number)}"
-            lead = f"stopped after epoch {lagged}: {metric} {found[lagged]:.4g} lags behind {lead}"
-            return self._end(trial, "PRUNED", lead)
-        if status in (130, 138, 143):  # 128 and SIGINT, SIGUSR1, SIGTERM
+            lead = f"lags behind {best.intermediate_values[lagged]:.4g} of {name_of(best.number)}"
+            return self._end(trial, "PRUNED", f"stopped after epoch {lagged}: {metric} {found[lagged]:.4g} {lead}")
+        if status in (130, 138, 143):  # 128 and SIGINT, SIGUSR1, SIGTERM of somebody else: it stays unfinished
             raise UserError(f"{name} was {words.partition(';')[0]}; the same command resumes it")
         if status and "not finite" in words:
             return self._end(trial, "PRUNED", f"diverged: {words}")
@@ -145,26 +249,25 @@ class Search:
         chosen = max(accuracies) if config.select == "last" else max(accuracies, key=accuracies.get)  # as the run chose
         return self._end(trial, "COMPLETE", f"{metric} {found[chosen]:.4g}", found[chosen])
 
-    def _watch(self, trial: optuna.Trial, command: list[str], log: Path, epochs: int) -> tuple:
+    def _watch(self, trial: optuna.Trial, command: list[str], folder: Path, epochs: int) -> tuple:
         """Run the command until it ends or its trial lags behind: the epoch of that or None, and the exit status."""
         known = set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
-        held = self.folder / log.stem / ".lock"
-        if held.exists():  # the run of a worker that was killed saves its state still
-            FileLock(held).acquire().lock.release()
-        with log.open("ab") as out:  # in a session of its own, where Ctrl-C reaches it through terminate() alone
+        if (folder / ".lock").exists():  # the run of a worker that was killed saves its state still
+            FileLock(folder / ".lock").acquire().lock.release()
+        with folder.with_suffix(".log").open("ab") as out:  # in a session of its own: Ctrl-C comes by terminate() alone
             own = {"start_new_session": True, "preexec_fn": end_with_parent}
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, **own)
         try:
             while True:
-                ended = process.poll() is not None
-                for epoch, value in measured(self.folder / log.stem, self.sweep.metric).items():
+                status = process.poll()
+                for epoch, value in measured(folder, self.sweep.metric).items():
                     if epoch not in known and epoch < epochs:
                         known.add(epoch)
                         trial.report(value, epoch)
-                        if trial.should_prune() and not ended:
+                        if trial.should_prune() and status is None:
                             return epoch, None
-                if ended:
-                    return None, process.returncode
+                if status is not None:
+                    return None, status
                 time.sleep(SECONDS)
         finally:  # whatever ends this, also Ctrl-C: the run saves its state first
             process.terminate()
@@ -177,7 +280,7 @@ class Search:
         say(f"{name_of(trial.number)}: {words}")
         return f"{name_of(trial.number)} {words}" if state == "FAIL" else None
 
-    def _best(self, value: Callable) -> list:
+    def _best(self, value) -> list:
         """The trials that have a value, the best first."""
         found = [trial for trial in self.study.get_trials(deepcopy=False) if value(trial) is not None]
         return sorted(found, key=value, reverse=self.sweep.goal == "maximize")
@@ -196,11 +299,6 @@ class Search:
             say(f"accelerate launch {self.sweep.program} {again}")
 
 
-def name_of(number: int) -> str:
-    """A trial's name, and its run folder's."""
-    return f"trial_{number:04d}"
-
-
 def shown(params: dict) -> str:
     """A trial's values in a line."""
     texts = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in params.items()}
@@ -209,11 +307,9 @@ def shown(params: dict) -> str:
 
 def measured(folder: Path, metric: str) -> dict[int, float]:
     """{epoch: value} of a metric in a run's metrics.jsonl, as far as it is written."""
-    found = {}
-    with suppress(FileNotFoundError, ValueError), (folder / "metrics.jsonl").open() as file:
-        for row in map(json.loads, file):
-            found |= {row["epoch"]: row[metric]} if metric in row else {}
-    return found
+    file = folder / "metrics.jsonl"
+    rows, _ = read_rows(file.read_bytes() if file.is_file() else b"")
+    return {row["epoch"]: row[metric] for row in rows if metric in row}
 
 
 def mend(journal: Path) -> None:

@@ -30,7 +30,7 @@ TRACKERS = {"wandb": WandbRun, "tensorboard": TensorBoardRun, "trackio": Trackio
 
 
 def choose_tracker(report_to: str) -> str:
-    """One of TRACKERS or `none`; `auto` is wandb where a key is found, W&B is set offline or its agent asks, else none.
+    """One of TRACKERS or `none`; `auto` is wandb with a key, with W&B set offline or under its agent, else none.
 
     Raises:
         UserError: its package is not installed.
@@ -38,8 +38,8 @@ def choose_tracker(report_to: str) -> str:
     if report_to == "auto":
         mode = os.environ.get("WANDB_MODE", "")
         disabled = mode == "disabled" or os.environ.get("WANDB_DISABLED", "") in ("true", "1")
-        asked = mode in ("offline", "dryrun") or "WANDB_SWEEP_ID" in os.environ or has_key()
-        report_to = "wandb" if asked and not disabled else "none"
+        wanted = mode in ("offline", "dryrun") or "WANDB_SWEEP_ID" in os.environ or has_key()
+        report_to = "wandb" if wanted and not disabled else "none"
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
         raise UserError(
             f"report_to {report_to} needs the package {report_to}; pip install {report_to}, or --report_to none"
@@ -150,7 +150,7 @@ class Tracker:
             if summary is not None:
                 with self._expendable():
                     run.conclude(summary, outcome, self._last["step"])
-            self._run = run  # it is closed in any case, so that what it has been told is kept
+            self._run = run  # it is closed in any case, so that what it has is kept
             with self._expendable():
                 run.finish(self._accelerator, signal)
 
@@ -159,9 +159,6 @@ def _identity(folder: Path, name: str) -> tuple[str, bool]:
     """The tracker run's id, kept in the run folder, and whether it was there: a restart continues the same one.
 
     An agent of W&B's sweeps gives the id of the run that it waits for.
-
-    Raises:
-        UserError: tracker.json is damaged, or what it has is no id and would become part of a path.
     """
     known, note = read_tracker(folder), folder / "tracker.json"
     resumed = f"{name}_id" in known

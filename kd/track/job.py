@@ -1,4 +1,4 @@
-"""What every tracker is told of a run when it starts."""
+"""What every tracker gets of a run when it starts."""
 
 from __future__ import annotations
 
@@ -63,14 +63,11 @@ def describe(run: Run, config, objective: str, accelerator, identity: str, kept:
     distils = hasattr(config, "teacher")
     teachers = config.teacher if distils else []
     teachers = [teachers] if isinstance(teachers, str) else teachers
+    machine = {"num_processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
     about = {
         "objective": objective,
         "git": {"commit": git_commit(), "branch": git_branch()},
-        "hardware": {
-            **hardware(accelerator.device),
-            "num_processes": accelerator.num_processes,
-            "precision": accelerator.mixed_precision,
-        },
+        "hardware": {**hardware(accelerator.device), **machine},
         "versions": versions(),
     }
     network = config.student if distils else config.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import ClassVar
 
 from accelerate import Accelerator
@@ -27,7 +28,7 @@ class TensorBoardRun(TrackerRun):
             self.last_step = job.kept[-1]["step"] if job.kept else 0
             first = {axis: max((row[axis] for row in job.kept), default=0) + 1 for axis in first}
             first["epoch"] = max((row["epoch"] for row in job.kept if "epoch/loss" in row), default=0) + 1
-        config = _flat(job.config) if job.kept is None else None
+        config = dict(_flat(job.config)) if job.kept is None else None
         accelerator.init_trackers("tensorboard", config, {"tensorboard": {"purge_step": first["step"]}})
         self._writer = accelerator.get_tracker("tensorboard", unwrap=True)
         # TensorBoard draws over the step alone; what is measured once an epoch is also kept over the two other axes.
@@ -50,12 +51,11 @@ class TensorBoardRun(TrackerRun):
         if outcome is not None:
             self._writer.add_image("test/confusion", outcome.confusion_picture(), step, dataformats="HWC")
             names = [name for name in outcome.hardest[0] if name != "image"]
-            table = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+            lines = [names, ["---"] * len(names)]
             for place, row in enumerate(outcome.hardest):
                 self._writer.add_image(f"test/hardest/{place:02d}", row["image"], step, dataformats="HWC")
-                values = (row[name] for name in names)
-                table.append("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values) + " |")
-            self._writer.add_text("test/hardest", "\n".join(table), step)
+                lines.append([f"{v:.4g}" if isinstance(v, float) else str(v) for v in map(row.get, names)])
+            self._writer.add_text("test/hardest", "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
 
     def finish(self, accelerator, signal: int) -> None:
         """Close all writers."""
@@ -64,12 +64,10 @@ class TensorBoardRun(TrackerRun):
             writer.close()
 
 
-def _flat(value: dict, prefix: str = "") -> dict:
+def _flat(value: dict, prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
     """A config as the flat scalars and strings that TensorBoard can hold."""
-    flat = {}
     for key, inner in value.items():
         if isinstance(inner, dict):
-            flat.update(_flat(inner, f"{prefix}{key}."))
+            yield from _flat(inner, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = inner if isinstance(inner, bool | int | float | str) else json.dumps(inner)
-    return flat
+            yield prefix + key, inner if isinstance(inner, bool | int | float | str) else json.dumps(inner)

@@ -43,6 +43,8 @@ class WandbRun(TrackerRun):
     """The W&B run of a job, the same one after a restart."""
 
     def __init__(self, accelerator: Accelerator, job: Job):
+        import wandb
+
         logging.getLogger("wandb").setLevel(logging.ERROR)
         self.job = job
         arguments = {
@@ -77,7 +79,7 @@ class WandbRun(TrackerRun):
                     raise
                 say(f"W&B cannot be reached ({' '.join(str(error).split())[:100]}); this run is logged offline")
                 accelerator.trackers.clear()  # it keeps the one that failed, and would start it once more
-                _let_go()
+                wandb.teardown()  # after a failed start its service still holds the run's id
         self._run = accelerator.get_tracker("wandb", unwrap=True)
         if attempt != "offline" and self._run.resumed:
             self.last_step = self._run.step - 1
@@ -106,8 +108,7 @@ class WandbRun(TrackerRun):
     def _use(self, folder: Path) -> None:
         """Name a teacher's network as this run's input: the same files are the same artifact as its own run's output.
 
-        `use_artifact` refuses to work offline. What it does online with an artifact that is built here works in both
-        cases, but has no public name.
+        `use_artifact` refuses to work offline; what it does online works in both cases, but has no public name.
         """
         try:
             artifact = network_artifact(folder)
@@ -152,13 +153,6 @@ class WandbRun(TrackerRun):
         else:
             media["test/confusion"] = wandb.Image(outcome.confusion_picture())
         self._run.log(media, step=step)
-
-
-def _let_go() -> None:
-    """End the client's service: after a failed start it still holds the run's id."""
-    import wandb
-
-    wandb.teardown()
 
 
 def network_artifact(folder: Path, metadata: dict | None = None):

@@ -31,10 +31,16 @@ def unknown(what: str, value: object, known: Iterable[str], remedy: str = "") ->
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The flags of a `python -m kd...` command, in full words; a mistake is one line, as everywhere."""
+    """The flags of `python -m kd.NAME`, in full words; a mistake is one line, as everywhere.
 
-    def __init__(self, **arguments):
-        super().__init__(allow_abbrev=False, **arguments)
+    Args:
+        usage: what follows the name, where argparse would not show it well.
+    """
+
+    def __init__(self, name: str, description: str, usage: str | None = None):
+        prog, form = f"python -m kd.{name}", argparse.RawDescriptionHelpFormatter
+        usage = usage and f"{prog} {usage}"
+        super().__init__(prog, usage, description, formatter_class=form, allow_abbrev=False)
 
     def add_trust(self) -> None:
         """The flag `--trust_code true` of the commands that load runs."""

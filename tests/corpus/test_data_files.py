@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import os
@@ -298,9 +299,10 @@ def test_a_report_on_parquet_files_reads_the_run_s_columns_and_writes_nothing_el
     tables.write("train-0", ["cat", "dog"], [0, 1] * 5, column="kind")
     folder, here = tables.write("test-0", ["cat", "dog"], [1, 0], column="kind"), set(Path.cwd().iterdir())
     view = load(folder, label_column="kind", val_fraction=0).test
-    row = {"source": str(folder), "split": "test", "config": {"data": {"label_column": "kind"}}}
-    measured = Measured("run", row, torch.zeros(2, 2), torch.zeros(2), view)
-    assert _file_name(measured, 1, str(tmp_path / "cache")) == f"{folder} test row 1"
+    row, cache = {"source": str(folder), "split": "test"}, str(tmp_path / "cache")
+    settings = dataclasses.asdict(DataConfig(source=str(folder), label_column="kind", cache_dir=cache))
+    measured = Measured("run", row, torch.zeros(2, 2), torch.zeros(2), view, settings)
+    assert _file_name(measured, 1) == f"{folder} test row 1"
     assert set(Path.cwd().iterdir()) == here
 
 

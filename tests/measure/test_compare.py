@@ -211,7 +211,7 @@ def test_what_makes_a_comparison_unfair_is_said():
     assert other["difference"] == 10
     assert other["interval"] is other["mcnemar"] is None
     twice = compare.compare([row("a", ALONE, range(20)), row("b", ALONE, range(20))])[0]
-    assert twice["notes"] == ["*: its runs of equal seed are not independent; their spread says nothing"]
+    assert twice["notes"] == ["*: its runs of equal seed are not independent; their spread means nothing"]
 
 
 def test_no_share_of_a_gap_that_is_not_there():

@@ -305,7 +305,7 @@ def test_soft_targets_are_the_teachers_softened_answers(report, data, teacher_ru
             assert [line[1 + column] for line in grid[1:]] == [f"{p:.2f}" for p in said["probabilities"][column]]
 
 
-def test_cards_name_the_file_and_two_classes_have_neither_top_5_nor_others(call, tmp_path):
+def test_cards_name_the_file_and_two_classes_have_neither_top_5_nor_others(call, tmp_path, monkeypatch):
     for kind, colour in (("ants", (200, 40, 40)), ("bees", (40, 40, 200))):
         for split, count in (("train", 12), ("test", 4)):
             for i in range(count):
@@ -316,8 +316,11 @@ def test_cards_name_the_file_and_two_classes_have_neither_top_5_nor_others(call,
     assert result.status == 0, result.err
     command = ("distill", "--config", "recipes/digits/kd.yaml", *few, "--teacher", tmp_path / "t")
     assert call(*command, "--output_dir", tmp_path / "kd").status == 0
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     result = call("evaluate", tmp_path / "t", tmp_path / "kd", "--report", tmp_path / "report")
     assert result.status == 0, result.err
+    assert not list((tmp_path / "here").iterdir())  # what the source holds is looked up in the cache
     assert "top-5" not in result.out
     page = Page((tmp_path / "report/index.html").read_text())
     assert page.tables["Runs"][0][1:3] == ["top-1 %", "NLL"]

@@ -137,12 +137,11 @@ def test_the_page_needs_nothing_else_and_equals_the_json(call, teacher_run, othe
 
 
 def test_where_runs_differ_the_page_leads_there(teacher_run, pictures):
-    from kd.tools.predict import ask
-    from kd.tools.predict_page import page
+    from kd.tools.predict import page, predict
 
     one, two = kd.load(teacher_run), kd.load(teacher_run)
     two.classes = [f"<{name}>" for name in two.classes]
-    predictions, unreadable = ask({"one": one, "two": two}, [pictures / "a.png"], top=1, thumbnails=True)
+    predictions, unreadable = predict({"one": one, "two": two}, [pictures / "a.png"], top=1, thumbnails=True)
     assert not unreadable
     shown = Page(page(["one", "two"], predictions, []).decode())
     assert {"href": "#image-1"} in shown.all("a")
@@ -152,7 +151,7 @@ def test_where_runs_differ_the_page_leads_there(teacher_run, pictures):
 
 
 def test_the_page_begins_with_what_runs_differ_on_and_then_with_the_least_sure():
-    from kd.tools.predict_page import Prediction, page
+    from kd.tools.predict import Prediction, page
 
     def prediction(image: str, one: str, other: str, p: float) -> Prediction:
         best = {"runs/a": [(one, p)], "runs/b": [(other, 0.9)]}
@@ -221,7 +220,7 @@ def test_mistakes_are_one_line(call, teacher_run, pictures, tmp_path):
     assert_one_line(call(COMMAND, tmp_path / "gone", picture), "gone", "no such folder")
     assert_one_line(call(COMMAND, teacher_run), "no image is given")
     assert_one_line(call(COMMAND, teacher_run, tmp_path / "gone"), "gone", "no such file or folder")
-    assert_one_line(call(COMMAND, teacher_run, picture, "--top", 0), "--top 0", "1 or more")
+    assert_one_line(call(COMMAND, teacher_run, picture, "--top", 0), "--top", "PositiveInt", "'0'")
     assert_one_line(call(COMMAND, teacher_run, picture, "--format", "jsno"), "jsno", "'json'")
     assert_one_line(call(COMMAND, teacher_run, picture, "--html", picture), "a.png", ".html")
     assert_one_line(call(COMMAND, teacher_run, picture, "--tpo", 3), "--tpo", "--help")

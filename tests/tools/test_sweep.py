@@ -24,7 +24,7 @@ pytest.importorskip("optuna", reason="optuna is not installed")
 import optuna
 
 from kd.tools import sweep
-from kd.tools.sweep_file import SweepFile, read_parameter
+from kd.tools.sweep import SweepFile, read_parameter
 from kd.util.errors import UserError
 
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -75,8 +75,8 @@ def test_the_files_of_sweeps_give_each_trial_what_wandbs_agent_would(file):
 
     read = SweepFile(file)
     for name, (distribution, _) in read.parameters.items():
-        for choice in getattr(distribution, "choices", [read.first()[name]]):
-            values = {**read.first(), name: choice}
+        for choice in getattr(distribution, "choices", [read.first[name]]):
+            values = {**read.first, name: choice}
             command, config = read.trial("trial", values)
             assert config.output_dir == f"runs/sweeps/{file.stem}/trial"
             assert config.data.val_fraction > 0
@@ -90,7 +90,7 @@ def test_the_files_of_sweeps_give_each_trial_what_wandbs_agent_would(file):
 
 def test_a_losss_argument_is_what_the_sweep_says():
     read = SweepFile(ROOT / "sweeps/digits_kl.yaml")
-    _, config = read.trial("trial", {**read.first(), "losses.KL.temperature": 7.5, "losses.KL.weight": 1e-05})
+    _, config = read.trial("trial", {**read.first, "losses.KL.temperature": 7.5, "losses.KL.weight": 1e-05})
     assert [(type(loss).__name__, loss.weight) for loss in config.losses] == [("KL", 1e-05), ("CrossEntropy", 0.1)]
     assert config.losses[0].temperature == 7.5
 
@@ -124,9 +124,9 @@ def test_a_list_is_given_as_the_text_that_a_flag_takes():
 
 def test_a_missing_optuna_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    monkeypatch.delitem(sys.modules, "kd.tools.sweep_file")
+    monkeypatch.delitem(sys.modules, "kd.tools.sweep")
     with pytest.raises(UserError, match="needs the package optuna"):
-        importlib.import_module("kd.tools.sweep_file")
+        importlib.import_module("kd.tools.sweep")
 
 
 @pytest.mark.slow

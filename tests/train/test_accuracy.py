@@ -40,13 +40,13 @@ def test_the_mean_is_over_the_images_with_a_label_and_does_not_depend_on_when_it
     steps = [(number % 3, number % 4, 4) for number in range(20)]  # named right, with a label, images
     flushed = []
     for every in (1, 6, 100):
-        meter = Meter(["CE"], torch.device("cpu"), {}, True, ["student", "mean"])
+        meter = Meter(["CE"], ["student", "mean"], ALONE, {}, 0.1)
         for number, (named, labelled, images) in enumerate(steps):
             counts = {"student": torch.tensor(min(named, labelled)), "mean": torch.tensor(0)}
             meter.add({"CE": torch.tensor(1.0)}, images, number, counts, labelled)
             if number % every == 0:
-                meter = Meter(["CE"], torch.device("cpu"), meter.state(ALONE), True, ["student", "mean"])
-        flushed.append(meter.flush(ALONE, 0.1, None, torch.tensor(1.0)))
+                meter = Meter(["CE"], ["student", "mean"], ALONE, meter.state(), 0.1)
+        flushed.append(meter.flush(torch.tensor(1.0)))
         assert meter.end_epoch()["epoch/accuracy"] == flushed[-1]["train/accuracy"]
     total, labels = sum(min(named, labelled) for named, labelled, _ in steps), sum(step[1] for step in steps)
     assert {row["train/accuracy"] for row in flushed} == {100 * total / labels}
@@ -55,9 +55,9 @@ def test_the_mean_is_over_the_images_with_a_label_and_does_not_depend_on_when_it
 
 
 def test_an_interval_without_a_label_has_no_accuracy():
-    meter = Meter(["CE"], torch.device("cpu"), {}, True, ["student"])
+    meter = Meter(["CE"], ["student"], ALONE, {}, 0.1)
     meter.add({"CE": torch.tensor(1.0)}, 4, 0, {"student": torch.tensor(0)}, 0)
-    assert "train/accuracy" not in meter.flush(ALONE, 0.1, None, torch.tensor(1.0))
+    assert "train/accuracy" not in meter.flush(torch.tensor(1.0))
 
 
 def test_the_first_step_of_a_run_has_the_accuracy_of_the_network_that_it_begins_with(call, teacher_run, tmp_path):
@@ -99,7 +99,7 @@ def test_validation_and_checkpoints_do_not_count_for_the_speed(monkeypatch):
             now[0] += 100
         meter.add({"CE": torch.tensor(1.0)}, 30, 1)
         now[0] += 2
-        assert meter.flush(ALONE, 0.1, None, torch.tensor(1.0))["images_per_second"] == 20
+        assert meter.flush(torch.tensor(1.0))["images_per_second"] == 20
     with meter.aside():
         now[0] += 100
     assert meter.end_epoch()["epoch/images_per_second"] == 20

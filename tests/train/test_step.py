@@ -77,12 +77,12 @@ def test_sums_do_not_depend_on_when_they_are_read():
     steps = [{"KL": torch.randn(()), "CE": torch.rand(())} for _ in range(40)]
     rows = []
     for every in (1, 7, 100):
-        meter = Meter(["KL", "CE"], ALONE, {}, 0.1)
+        meter = Meter(["KL", "CE"], [], ALONE, {}, 0.1)
         for number, terms in enumerate(steps):
-            meter.add(terms, 3 + number % 4, number)
+            meter.add(terms, 3 + number % 4, number, {}, 0)
             if number % every == 0:
                 state = meter.state()
-                meter = Meter(["KL", "CE"], ALONE, state, 0.1)
+                meter = Meter(["KL", "CE"], [], ALONE, state, 0.1)
         rows.append(meter.flush(torch.tensor(1.0)))
         del rows[-1]["images_per_second"], rows[-1]["peak_memory_mb"]
     assert rows[0] == rows[1] == rows[2]
@@ -93,10 +93,10 @@ def test_sums_do_not_depend_on_when_they_are_read():
 
 
 def test_the_first_step_that_is_not_finite_is_named_and_an_empty_part_counts_for_nothing():
-    meter = Meter(["CE"], ALONE, {}, 0.1)
+    meter = Meter(["CE"], [], ALONE, {}, 0.1)
     for step, (value, images) in enumerate([(1.0, 2), (9.0, 0), (math.inf, 2), (math.nan, 2)]):
         if step == 2:
             assert meter.state()["interval"] == {"CE": [2.0, 2.0], "loss": [2.0, 2.0]}
-        meter.add({"CE": torch.tensor(value)}, images, step)
+        meter.add({"CE": torch.tensor(value)}, images, step, {}, 0)
     with pytest.raises(UserError, match="not finite at step 3"):
         meter.check()

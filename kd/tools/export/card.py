@@ -23,24 +23,18 @@ from kd.util.escape import in_markdown as escaped
 from kd.util.machine import install_command
 
 _TEMPLATE = Path(__file__).parent / "templates" / "card.md"
-_SEEDED = ("seed", "teacher", "init_from")  # what may differ between runs whose spread is told
-_MEASURED = (
-    ("test_accuracy", "test accuracy, %", ".2f"),
-    ("test_nll", "test NLL", ".4f"),
-    ("val_accuracy", "validation accuracy, %", ".2f"),
-)
+_SEEDED = ("seed", "teacher", "init_from")  # what may differ between runs whose spread is shown
+# For each title in the table of results a key of summary.json, and a format.
+_MEASURED = {
+    "test accuracy, %": ("test_accuracy", ".2f"),
+    "test NLL": ("test_nll", ".4f"),
+    "validation accuracy, %": ("val_accuracy", ".2f"),
+}
 
 
 def model_card(runs: list[Path], license: str | None = None) -> str:
-    """README.md with the Hub's metadata in front; names no place of this machine.
-
-    Args:
-        runs: the exported run, and others that differ from it by the seed only.
-        license: of the weights, as the Hub calls it.
-
-    Raises:
-        UserError: a run is not finished, damaged, or not of the same config.
-    """
+    """README.md of the first run, with the Hub's metadata in front and the spread over all, which differ by the seed
+    only; names no place of this machine."""
     try:
         config, summaries = read_config(runs[0]), [read_summary(run) for run in runs]
         _check_seeds(runs, config, summaries)
@@ -66,16 +60,16 @@ def _check_seeds(runs: list[Path], config: dict, summaries: list[dict]) -> None:
 def _metadata(name: str, config: dict, summary: dict, license: str | None) -> ModelCardData:
     source = config["data"]["source"]
     hub, accuracy = source.partition("hub:")[2] or None, round(summary["test_accuracy"] / 100, 4)
-    place = {"dataset_type": hub or Path(source).name, "dataset_name": hub or Path(source).name}
-    metric = {"metric_type": "accuracy", "metric_value": accuracy, "metric_name": "test accuracy"}
+    place, task = hub or Path(source).name, "image-classification"
+    measured = EvalResult(task, place, place, "accuracy", accuracy, dataset_split="test", metric_name="test accuracy")
     return ModelCardData(
         license=license or "unknown",
         library_name="kd",
-        pipeline_tag="image-classification",
-        tags=["image-classification", *(["knowledge-distillation"] if config.get("teacher") else [])],
+        pipeline_tag=task,
+        tags=[task, *(["knowledge-distillation"] if config.get("teacher") else [])],
         datasets=[hub] if hub else None,
         model_name=name,
-        eval_results=[EvalResult(task_type="image-classification", dataset_split="test", **place, **metric)],
+        eval_results=[measured],
     )
 
 
@@ -88,7 +82,12 @@ def _values(run: Path, config: dict, summaries: list[dict]) -> dict:
         kind, arguments = arguments["student"], arguments["student_args"]
     given = escaped(", ".join(f"{key}={value}" for key, value in arguments.items()))
     share, count = summaries[0]["test_accuracy"] / 100, summaries[0]["images"]["test"]
-    first = config["weights"] or config.get("init_from")
+    first, results = config["weights"] or config.get("init_from"), []
+    for title, (key, form) in _MEASURED.items():
+        values = [summary[key] for summary in summaries]
+        if None not in values:
+            spread = f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}" if values[1:] else ""
+            results.append((title, f"{values[0]:{form}}", spread))
     return {
         "title": escaped(_name(run)),
         "network": f"`{kind}`" + (f" ({given})" if given else ""),
@@ -98,7 +97,7 @@ def _values(run: Path, config: dict, summaries: list[dict]) -> dict:
         "classes": [escaped(name) for name in saved["classes"]],
         "source": escaped(data["source"] if data["source"].startswith("hub:") else Path(data["source"]).name),
         "teachers": [_teacher(name) for name in ([teachers] if isinstance(teachers, str) else teachers)],
-        "results": [row for row in (_row(summaries, *measured) for measured in _MEASURED) if row],
+        "results": results,
         "seeds": [summary["seed"] for summary in summaries],
         "view": saved["preprocess"],
         "views": Views.of(recorded_data(data, str(run))).words(),
@@ -111,15 +110,6 @@ def _values(run: Path, config: dict, summaries: list[dict]) -> dict:
         "summary": _all_escaped(summaries[0]),
         "config": _all_escaped(config),
     }
-
-
-def _row(summaries: list[dict], key: str, title: str, form: str) -> tuple[str, str, str] | None:
-    """What is measured, this run's number, and of several seeds mean and standard deviation; None if not measured."""
-    values = [summary[key] for summary in summaries]
-    if None in values:
-        return None
-    spread = f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}" if values[1:] else ""
-    return title, f"{values[0]:{form}}", spread
 
 
 def _name(run: Path) -> str:
@@ -151,7 +141,7 @@ def _all_escaped(value):
 
 
 def _teacher(name: str) -> dict:
-    """A teacher's name, and what its run folder says where that is still there."""
+    """A teacher's name, and what its run folder holds where that is still there."""
     try:
         summary = read_summary(Path(name))
         model = escaped(read_network(Path(name))["model"])

@@ -8,16 +8,17 @@ python -m kd.export runs/mine/kd_s0 runs/mine/kd_s1 runs/mine/kd_s2 --to hub --l
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
+from argparse import Namespace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from kd.models import Classifier, load_classifier, state_hash
+from kd.report.tables import Table
 from kd.run.folder import refuse_runs_file
 from kd.tools.export import int8
 from kd.tools.export.card import model_card
@@ -26,10 +27,16 @@ from kd.tools.export.images import RunImages
 from kd.util.errors import CommandParser, UserError, say
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+COLUMNS = {  # of what int8 costs and saves
+    "": ("name", ""),
+    "accuracy %": ("accuracy", ".2f"),
+    "bytes": ("bytes", ","),
+    "ms/image": ("latency_ms", ".3f"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write what is asked for, and say where it is and how well it agrees with the run."""
+    """Write the export, and print where it is and how well it agrees with the run."""
     arguments = _arguments(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is fetched, not even to check an export
     run, to = Path(arguments.runs[0]), arguments.to
@@ -59,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _target(arguments: argparse.Namespace, run: Path) -> tuple[Path, list[str]]:
+def _target(arguments: Namespace, run: Path) -> tuple[Path, list[str]]:
     """The folder of the export, and the names of the files that it may have there."""
     to, out = arguments.to, Path(arguments.out) if arguments.out else run / "export" / arguments.to
     if to in SUFFIXES:
@@ -74,18 +81,12 @@ def _target(arguments: argparse.Namespace, run: Path) -> tuple[Path, list[str]]:
     return folder, files
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = CommandParser(
-        prog="python -m kd.export",
-        usage="python -m kd.export RUN [RUN ...] --to {onnx,torch,safetensors,hub} [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _arguments(argv: list[str] | None) -> Namespace:
+    parser = CommandParser("export", __doc__, "RUN [RUN ...] --to {onnx,torch,safetensors,hub} [options]")
     parser.add_argument("runs", nargs="+", help="a run folder; with --to hub also runs of other seeds, for the spread")
     parser.add_argument("--to", required=True, choices=(*SUFFIXES, "safetensors", "hub"), help="the format")
-    parser.add_argument(
-        "--out", metavar="PATH", help="a folder, or a file ending in .onnx or .pt2; default RUN/export/FORMAT"
-    )
+    out = "a folder, or a file ending in .onnx or .pt2; default RUN/export/FORMAT"
+    parser.add_argument("--out", metavar="PATH", help=out)
     parser.add_argument("--quantize", choices=("int8",), help="of onnx: write an int8 file too, and compare the two")
     parser.add_argument("--preprocess", choices=("inside", "outside"),
                         help="of onnx and torch: take uint8 images (inside, the default) or prepared ones")  # fmt: skip
@@ -119,15 +120,12 @@ def _write_program(arguments, run: Path, classifier: Classifier, file: Path) -> 
         of = "images of noise"
         say(f"note: the run's images are absent ({images.absent}); the export is checked on noise")
     description = describe(classifier, run, inputs, inside)
-    exported = {"onnx": to_onnx, "torch": to_torch}[arguments.to](
-        module, torch.zeros_like(inputs[:2]), description, file
-    )
+    write = {"onnx": to_onnx, "torch": to_torch}[arguments.to]
+    exported = write(module, torch.zeros_like(inputs[:2]), description, file)
     found = check(exported, module, inputs, arguments.to, of)
-    say(
-        f"checked against PyTorch on {found['images']} {of}: largest difference of a logit "
-        f"{found['largest_difference']:.1e} (tolerance {found['tolerance']:.1e}), the same class for "
-        f"{found['same_class']}"
-    )
+    difference = f"{found['largest_difference']:.1e} (tolerance {found['tolerance']:.1e})"
+    checked = f"checked against PyTorch on {found['images']} {of}: largest difference of a logit"
+    say(f"{checked} {difference}, the same class for {found['same_class']}")
     packages = ("torch", "onnx", "onnxscript", "onnxruntime") if arguments.to == "onnx" else ("torch",)
     numbers = {"check": found, "versions": {name: version(name) for name in packages}}
     if arguments.quantize:
@@ -146,10 +144,8 @@ def _quantize(images: RunImages, prepare, file: Path) -> dict:
     count, threads = len(images.data.test), torch.get_num_threads()
     say(f"int8: calibrated on {len(calibration)} train images; both measured in ONNX Runtime on {count:,} test images,")
     say(f"the time for one image alone, {threads} CPU thread{'s' if threads > 1 else ''}")
-    say("         accuracy %      bytes  ms/image")
-    for name, row in rows.items():
-        say(f"{name:8} {row['accuracy']:10.2f} {row['bytes']:10,} {row['latency_ms']:9.3f}")
     same = rows["int8"].pop("same_class")
+    say(Table.of(({"name": name, **row} for name, row in rows.items()), COLUMNS).text())
     say(f"int8 names float32's class for {same:,} of {count:,} images")
     counts = {"calibration_images": len(calibration), "test_images": count, "same_class": same, "num_threads": threads}
     return {**counts, **rows}

@@ -32,89 +32,66 @@ def deployed(classifier: Classifier, inside: bool) -> nn.Module:
 
 @torch.no_grad()
 def check(exported: Callable[[Tensor], Tensor], module: nn.Module, inputs: Tensor, what: str, of: str) -> dict:
-    """Compare an export with PyTorch, in batches of 1, of 3 and of up to 16.
-
-    Raises:
-        UserError: a logit differs by more than TOLERANCE times the largest one.
-    """
+    """Compare an export with PyTorch, in batches of 1, of 3 and of up to 16; a large difference is a UserError."""
     sizes = [1, 3, *[16] * ((len(inputs) - 4) // 16)] if len(inputs) > 4 else [1]
     batches = [batch for batch in inputs.split([*sizes, len(inputs) - sum(sizes)]) if len(batch)]
     expected = torch.cat([module(batch) for batch in batches])
-    said = torch.cat([exported(batch) for batch in batches])
-    difference, largest = (said - expected).abs().max().item(), expected.abs().max().item()
+    given = torch.cat([exported(batch) for batch in batches])
+    difference, largest = (given - expected).abs().max().item(), expected.abs().max().item()
     if not difference <= TOLERANCE * largest:  # true of a NaN too
         raise UserError(
-            f"the {what} export says something else than PyTorch: logits differ by {difference:.2g} on {of}, and the "
+            f"the {what} export gives something else than PyTorch: logits differ by {difference:.2g} on {of}, and the "
             f"largest is {largest:.2g}; nothing was written; try another --to"
         )
     return {
-        "images": len(said),
+        "images": len(given),
         "of": of,
         "largest_difference": difference,
         "tolerance": TOLERANCE * largest,
-        "same_class": int((said.argmax(1) == expected.argmax(1)).sum()),
+        "same_class": int((given.argmax(1) == expected.argmax(1)).sum()),
     }
 
 
 def to_onnx(module: nn.Module, example: Tensor, description: dict, file: Path) -> Callable[[Tensor], Tensor]:
-    """Write an ONNX file with any number of `images` in and `logits` out; returns what asks it in ONNX Runtime.
+    """Write an ONNX file with any number of `images` in and `logits` out; returns it as `session` does.
 
-    Args:
-        example: two inputs; the images themselves do not matter.
-        description: kept in the file as `kd`, JSON.
+    `example` are any two inputs; `description` is kept in the file as `kd`, JSON.
     """
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     if num_bytes > 1.9e9:
         raise UserError(f"an ONNX file ends at 2 GB, and these weights have {num_bytes / 1e9:.1f} GB; use --to torch")
-    program = _traced(
-        "ONNX",
-        lambda: torch.onnx.export(
-            module,
-            (example,),
-            dynamo=True,
-            dynamic_shapes=({0: "batch"},),
-            input_names=["images"],
-            output_names=["logits"],
-            verbose=False,
-        ),
-    )
+    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": ({0: "batch"},)}
+    program = _traced("ONNX", lambda: torch.onnx.export(module, (example,), dynamo=True, verbose=False, **names))
     for node in program.model.graph.all_nodes():  # the exporter notes the lines of code, with their paths here
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
     program.model.metadata_props["kd"] = json.dumps(description)
     program.save(file)
-    asked = session(file)
-    return lambda images: torch.from_numpy(asked.run(None, {"images": images.numpy()})[0])
+    return session(file)
 
 
-def session(file: Path):
-    """An ONNX file in ONNX Runtime on the CPU, with as many threads as PyTorch has.
-
-    Raises:
-        UserError: it has no such operation, as for bf16.
-    """
+def session(file: Path) -> Callable[[Tensor], Tensor]:
+    """An ONNX file in ONNX Runtime on the CPU, with as many threads as PyTorch has, from images to logits."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
     try:
-        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no common class
+        loaded = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common class; it lacks operations, as for bf16
         raise UserError(f"ONNX Runtime cannot run the network: {described(error)}; use --to torch") from None
+    return lambda images: torch.from_numpy(loaded.run(None, {"images": images.numpy()})[0])
 
 
 def require_onnx() -> None:
-    """
-    Raises:
-        UserError: a package that ONNX needs is not installed.
-    """
+    """Raise a UserError if a package that ONNX needs is not installed."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--to onnx needs {', '.join(missing)}; run pip install {' '.join(missing)}")
 
 
 def to_torch(module: nn.Module, example: Tensor, description: dict, file: Path) -> Callable[[Tensor], Tensor]:
-    """Write a torch.export program (.pt2) that takes any number of images; returns what asks the file."""
+    """Write a torch.export program (.pt2) that takes any number of images; returns it loaded again."""
     batch = torch.export.Dim("batch")
     program = _traced("torch.export", lambda: torch.export.export(module, (example,), dynamic_shapes=({0: batch},)))
     for part in program.graph_module.modules():
@@ -125,16 +102,23 @@ def to_torch(module: nn.Module, example: Tensor, description: dict, file: Path) 
 
 
 def _traced(what: str, trace: Callable):
-    """What `trace` returns; what the tracers say of their own insides, at length where they fail, is not shown."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    """What `trace` returns; what the tracers print of their own insides, at length where they fail, is not shown."""
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        with quiet_logging(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             return trace()
     except Exception as error:  # a network of the user's own can fail in many ways here
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the network cannot be traced for {what}: {type(error).__name__}: {reason}") from None
+
+
+@contextlib.contextmanager
+def quiet_logging():
+    """Nothing is logged below an error, on whatever logger."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
     finally:
         logging.disable(level)
 

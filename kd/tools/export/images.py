@@ -20,12 +20,8 @@ from kd.util.errors import UserError
 class RunImages:
     """Images as the run's network takes them, uint8 (N, C, H, W), and their labels in the order of its classes.
 
-    Args:
-        run: the run folder; nothing is downloaded for it.
-        classifier: its network.
-        folders: `cache_dir` and `download_dir`, where they are not the default.
-
-    `absent` says why there is only noise; None where the run's images are there.
+    Nothing is downloaded; `folders` are `cache_dir` and `download_dir`, where they are not the default. `absent` is why
+    there is only noise, None where the run's images are there.
     """
 
     def __init__(self, run: Path, classifier: Classifier, **folders: str | None):
@@ -68,15 +64,12 @@ def _open(run: Path, classifier: Classifier, folders: dict[str, str | None]):
     if not (run / "config.yaml").is_file():
         raise UserError("it has no config.yaml")
     settings = read_config(run)["data"]
-    data = load_data(recorded_data(settings, str(run), **folders), download=False)
+    data, source = load_data(recorded_data(settings, str(run), **folders), download=False), settings["source"]
     if set(data.classes) != set(classifier.classes):
-        raise UserError(f"{settings.get('source')} has other classes than the run")
-    size = classifier.preprocess.view.source_size
-    if size is not None and data.image_shape[1:] != size:
-        raise UserError(f"{settings.get('source')} holds images of another size than the run was trained with")
+        raise UserError(f"{source} has other classes than the run")
+    if data.image_shape[1:] != (classifier.preprocess.view.source_size or data.image_shape[1:]):
+        raise UserError(f"{source} holds images of another size than the run was trained with")
     before = (read_inputs(run) or {}).get("data")
     if before and (other := changes(before, identity(data))[0]):
-        raise UserError(
-            f"{settings['source']} has changed since the run was trained: its {', '.join(other)} split differs"
-        )
+        raise UserError(f"{source} has changed since the run was trained: its {', '.join(other)} split differs")
     return data

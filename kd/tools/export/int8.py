@@ -7,7 +7,6 @@ https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
 from pathlib import Path
@@ -15,17 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kd.tools.export.formats import session
+from kd.tools.export.formats import quiet_logging, session
 
 NUM_CALIBRATION = 512  # images
 
 
 def quantize(file: Path, out: Path, inputs: Tensor) -> None:
-    """Write the int8 form of an ONNX file.
-
-    Args:
-        inputs: what the file takes, of the training split.
-    """
+    """Write the int8 form of an ONNX file; `inputs` are what it takes, of the training split."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -39,58 +34,41 @@ def quantize(file: Path, out: Path, inputs: Tensor) -> None:
             return None if batch is None else {"images": batch.numpy()}
 
     fused = out.with_suffix(".fused")  # batch norm folded into the convolutions
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # the quantizer speaks on the root logger
-    try:
+    with quiet_logging():  # the quantizer speaks on the root logger
         quant_pre_process(str(file), str(fused), skip_symbolic_shape=True)
-        quantize_static(
-            str(fused),
-            str(out),
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            reduce_range=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=[node.name for node in onnx.load(fused).graph.node if _prepares(node)],
-        )
-    finally:
-        logging.disable(level)
-        fused.unlink(missing_ok=True)
-
-
-def _prepares(node) -> bool:
-    """Whether a node comes from the preprocessing; the exporter notes where each comes from."""
-    return any("Preprocess" in entry.value for entry in node.metadata_props if entry.key == "namespace")
+        prepares = [  # the exporter notes where each node comes from
+            node.name
+            for node in onnx.load(fused).graph.node
+            if any("Preprocess" in entry.value for entry in node.metadata_props if entry.key == "namespace")
+        ]
+        types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "quant_format": QuantFormat.QDQ}
+        more = {"per_channel": True, "reduce_range": True, "nodes_to_exclude": prepares}
+        quantize_static(str(fused), str(out), Reader(), **types, **more)
+    fused.unlink()
 
 
 def compare(files: dict[str, Path], batches, prepare) -> dict[str, dict]:
     """Accuracy in percent, bytes, and milliseconds for one image (median of 100, files in turn) of ONNX files; of all
-    but the first also for how many images they name its class.
-
-    Args:
-        batches: images and labels, a split's.
-        prepare: from images to what the files take.
+    but the first also for how many images they name its class. `prepare` makes what they take of the batches' images.
     """
     sessions = {name: session(file) for name, file in files.items()}
-    said, labels = {name: [] for name in files}, []
+    predicted, labels, times = {name: [] for name in files}, [], {name: [] for name in files}
     for images, batch_labels in batches:
-        inputs = prepare(images).numpy()
+        inputs = prepare(images)
         labels.append(batch_labels)
-        for name, asked in sessions.items():
-            said[name].append(torch.from_numpy(asked.run(None, {"images": inputs})[0]).argmax(1))
-    labels, said = torch.cat(labels), {name: torch.cat(parts) for name, parts in said.items()}
-    times = {name: [] for name in files}
+        for name, run in sessions.items():
+            predicted[name].append(run(inputs).argmax(1))
+    labels, predicted = torch.cat(labels), {name: torch.cat(parts) for name, parts in predicted.items()}
     for _ in range(110):  # in turn, so that whatever else the machine does meets all alike
-        for name, asked in sessions.items():
+        for name, run in sessions.items():
             start = time.perf_counter()
-            asked.run(None, {"images": inputs[:1]})
+            run(inputs[:1])
             times[name].append(1000 * (time.perf_counter() - start))
     first = next(iter(files))
     return {
         name: {
-            "accuracy": 100 * (said[name] == labels).double().mean().item(),
-            **({"same_class": int((said[name] == said[first]).sum())} if name != first else {}),
+            "accuracy": 100 * (predicted[name] == labels).double().mean().item(),
+            **({"same_class": int((predicted[name] == predicted[first]).sum())} if name != first else {}),
             "bytes": file.stat().st_size,
             "latency_ms": statistics.median(times[name][10:]),
         }
