@@ -91,7 +91,7 @@ def test_mixed_images_have_no_accuracy_and_other_networks_have_theirs(call, tmp_
 def test_validation_and_checkpoints_do_not_count_for_the_speed(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("kd.train.meter.time.perf_counter", lambda: now[0])
-    meter = Meter(["CE"], torch.device("cpu"), {}, True)
+    meter = Meter(["CE"], [], ALONE, {}, 0.1)
     for _ in range(2):
         meter.add({"CE": torch.tensor(1.0)}, 30, 0)
         now[0] += 1
