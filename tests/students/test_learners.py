@@ -93,7 +93,7 @@ def test_every_learner_is_listed():
 
 
 @pytest.mark.first_tier(1)
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", CASES)
 def test_every_learner_resumes_exactly_and_its_networks_are_kept(call, command, tmp_path, name, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert call("distill", *command(name), whole).status == 0
