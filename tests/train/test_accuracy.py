@@ -93,11 +93,11 @@ def test_validation_and_checkpoints_do_not_count_for_the_speed(monkeypatch):
     monkeypatch.setattr("kd.train.meter.time.perf_counter", lambda: now[0])
     meter = Meter(["CE"], [], ALONE, {}, 0.1)
     for _ in range(2):
-        meter.add({"CE": torch.tensor(1.0)}, 30, 0)
+        meter.add({"CE": torch.tensor(1.0)}, 30, 0, {}, 0)
         now[0] += 1
         with meter.aside():
             now[0] += 100
-        meter.add({"CE": torch.tensor(1.0)}, 30, 1)
+        meter.add({"CE": torch.tensor(1.0)}, 30, 1, {}, 0)
         now[0] += 2
         assert meter.flush(torch.tensor(1.0))["images_per_second"] == 20
     with meter.aside():
