@@ -187,9 +187,12 @@ def _for_jsonargparse(flags: list[tuple[str, str]]) -> list[str]:
 
 
 def _expand(output_dir: str) -> str:
-    """The path with the environment's `$NAME` in it replaced, such as a sweep's `runs/sweeps/digits/$WANDB_RUN_ID`."""
+    """The path with the environment's `$NAME` in it replaced, such as a sweep's `runs/sweeps/digits/$WANDB_RUN_ID`, and
+    `~` at its beginning, which a shell leaves in `--output_dir=~/runs/x`."""
+    if (path := os.path.expanduser(output_dir)).startswith("~"):
+        raise UserError(f"output_dir {output_dir!r}: there is no user of this name here; a folder is written ./~name")
     try:
-        return Template(output_dir).substitute(os.environ)
+        return Template(path).substitute(os.environ)
     except (KeyError, ValueError) as error:
         what = f"${error.args[0]} is not set in the environment" if isinstance(error, KeyError) else str(error)
         raise UserError(f"output_dir {output_dir!r}: {what}; a dollar itself is written $$") from None

@@ -29,6 +29,7 @@ FLAGS = [
     (("--data.source", "~nouser/x"), "data.source '~nouser/x': there is no user of this name here"),
     (("--data.cache_dir", "~nouser/x"), "data.cache_dir '~nouser/x': there is no user of this name here"),
     (("--data.source", ""), "data.source is empty"),
+    (("--output_dir", "~nouser/x"), "output_dir '~nouser/x': there is no user of this name here"),
     (("--config", "~nouser/x"), "~nouser/x cannot be read"),
     (("--num_threads", 10**9), "num_threads 1000000000 must be at least 1 and at most 1024 or null"),
     (("--peer_timeout", 10**12), "peer_timeout 1000000000000 must be at least 1 and at most 10000000"),
