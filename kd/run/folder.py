@@ -90,12 +90,11 @@ class Run:
         self._lock, self._begun, self._extended = None, False, False
         self.inputs: dict | None = None
         self._settled: dict[str, str] = {}
-        if is_main:
-            if overwrite:
-                self._keep_inputs()
-            self._take()
+        if is_main and overwrite:
+            self._keep_inputs()
         try:
             if is_main:
+                self._take()
                 self._check()
             done = (self.folder / "summary.json").is_file() and not self.overwrite
             self._done = done and not ends_later(self.folder, config)
@@ -139,7 +138,7 @@ class Run:
         self._lock = lock
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         here = Path(os.path.realpath(self.folder))
-        for other in (*here.parents, *(file.parent for file in here.rglob(".owner") if file.parent != here)):
+        for other in (*here.parents, *(file.parent for file in here.glob("*/.owner"))):
             if who := _holder(other):
                 where = "lies in" if other in here.parents else "holds"
                 raise UserError(

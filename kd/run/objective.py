@@ -25,7 +25,8 @@ ARGUMENTS = re.compile(r"^    (\w+(?:, \w+)*): .*(?:\n {8}.*)*", re.M)  # one en
 def change_losses(losses: list, flags: list[tuple[str, str]]) -> None:
     """Set arguments of those losses of a parsed list that a flag names: `--losses.KL.temperature 8`; of several with
     one name, of all; the loss of a `Term` is one of them."""
-    losses = [each for loss in losses for each in (loss, loss.init_args.get("loss")) if hasattr(each, "class_path")]
+    inner = [loss.init_args.get("loss") for loss in losses if "init_args" in loss]
+    losses = [loss for loss in (*losses, *inner) if hasattr(loss, "class_path")]
     names = [loss.class_path.rpartition(".")[2] for loss in losses]
     for flag, value in flags:
         if not (match := CHANGE.fullmatch(flag)):

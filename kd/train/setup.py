@@ -158,8 +158,8 @@ def build_trained(name: str, data: Data, config) -> Classifier:
         say(f"data: of images of {width}x{height} the network sees the middle square, {crop}x{crop}")
     view = View(settings.resize, crop, settings.channels, settings.mean, settings.std, (height, width))
     torch.manual_seed(config.seed)
-    freeze = config.freeze_backbone and not config.init_from
-    classifier = build_classifier(name, data.classes, view, config.model_args, config.weights, freeze)
+    frozen_now = config.freeze_backbone and not config.init_from
+    classifier = build_classifier(name, data.classes, view, config.model_args, config.weights, frozen_now)
     if config.init_from:
         first = load_classifier(config.init_from, trust=config.trust_code)
         if first.classes != data.classes:
@@ -171,7 +171,7 @@ def build_trained(name: str, data: Data, config) -> Classifier:
                 f"init_from {config.init_from!r} holds a {first.recipe['model']} with {first.recipe['model_args']}, "
                 f"which does not fit {name} with {config.model_args}"
             ) from None
-        if freeze:
+        if config.freeze_backbone:
             classifier.freeze_backbone()
     check_images(classifier, data, name)
     return classifier

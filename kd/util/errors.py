@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -83,12 +84,22 @@ _DISK_ERRORS = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", 
                 "EISDIR", "EEXIST", "ENAMETOOLONG")  # fmt: skip
 
 
+SECONDS_TO_CATCH = 2.0
+
+
 class _Stopped(BaseException):
     """SIGTERM or SIGUSR1 outside the training loop, which handles them itself."""
 
 
 def _stop(number: int, _frame) -> None:
     _handle_stops(signal.SIG_IGN)  # once is enough; a launcher and a batch system may both send it
+    signal.signal(signal.SIGALRM, partial(_raise_stopped, number))
+    _raise_stopped(number)
+
+
+def _raise_stopped(number: int, *_) -> None:
+    """Raise, and again until it is caught: a module that is being imported may swallow whatever is raised in it."""
+    signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_CATCH)
     raise _Stopped(number)
 
 
@@ -109,6 +120,7 @@ def run_script(main: Callable[[], int | None], then: str = "the same command res
     except UserError as error:
         status = _fail(str(error), 2)
     except (KeyboardInterrupt, _Stopped) as stopped:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         number = stopped.args[0] if isinstance(stopped, _Stopped) else signal.SIGINT
         status = _fail(f"stopped by {signal.Signals(number).name}; {then}", 128 + number)
     except BrokenPipeError:  # `python evaluate.py ... | head` is no error
@@ -125,6 +137,7 @@ def run_script(main: Callable[[], int | None], then: str = "the same command res
             raise
         status = _fail(message, 1, speak=True) if message else 1
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         # While Python ends it puts the default in place of every handler, and the signal would kill; "ignore" stays.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     sys.exit(status)

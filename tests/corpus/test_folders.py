@@ -171,7 +171,7 @@ def test_what_has_the_name_of_a_network_to_keep_is_noticed_before_training(train
         (finished / "peer2/config.yaml").unlink()
     before = contents(finished)
     with monkeypatch.context() as patched:
-        patched.setattr("kd.train.step.Stepper.__call__", None)
+        patched.setattr("kd.train.fit.take_step", None)
         assert_one_line(train(*COHORT), str(finished / "peer2"), "is something else", "move it")
     assert contents(finished) == before
 

@@ -518,7 +518,7 @@ def test_a_loss_of_one_class_an_image_refuses_mixed_images(call, loss):
         (("--data.color_jitter", "[0, 0, 0, 0.6]"), ("color_jitter", "0.5")),
         (("--data.random_erasing", 1.5), ("random_erasing 1.5", "at most 1")),
         (("--data.mixup", -1), ("mixup -1", "at least 0")),
-        (("--data.views_per_image", 3), ("views_per_image 3", "no random view")),
+        (("--data.views_per_image", 3), ("views_per_image 3", "no view is random")),
         (("--data.rand_augment", "rand-m9", "--data.trivial_augment"), ("trivial_augment and data.rand_augment",)),
     ],
 )

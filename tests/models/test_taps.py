@@ -118,7 +118,7 @@ def test_a_regressor_is_trained_resumed_and_not_exported(tmp_path):
         " {class_path: CosineEmbedding, init_args: {student_tap: features.5, teacher_tap: features.2}}, CrossEntropy]"
     )
     command = ("--student", "light_nn", *size, "--epochs", 2, "--teacher", tmp_path / "teacher", "--losses", losses)
-    command = (*command, "--checkpoint_every", 2, "--output_dir")
+    command = (*command, "--checkpoint_every", 2, "--keep_checkpoints", 2, "--output_dir")
     assert children.run("distill", (*command, tmp_path / "whole")) == 0
     assert children.run("distill", (*command, tmp_path / "cut"), sabotage=("kd.train.meter.Meter.add", 6)) == -9
     assert children.run("distill", (*command, tmp_path / "cut")) == 0

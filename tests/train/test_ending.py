@@ -98,8 +98,8 @@ class TimeIsOverOnTheLast:
             init(self, *arguments)
             made.append(self)
 
-        def added(self, terms, num_images, step):
-            add(self, terms, num_images, step)
+        def added(self, terms, num_images, step, *counts):
+            add(self, terms, num_images, step, *counts)
             if step == 2:
                 made[0]._deadline = 0.0
 

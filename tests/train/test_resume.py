@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 from conftest import ROOT, UNEVEN
 
 from kd.train.checkpoint import Progress, checkpoints, load_newest, save_checkpoint
+from kd.util.errors import run_script
 
 # 200 digits in batches of 48: 5 steps an epoch, the last one uneven; dropout, flips and crops are all drawn.
 ARGUMENTS = (*UNEVEN, "--data.pad_crop", 1, "--epochs", 3, "--checkpoint_every", 2, "--log_every", 3)
@@ -115,6 +118,24 @@ def test_a_signal_that_is_sent_again_and_again_changes_nothing(tmp_path, after):
     assert "Traceback" not in err
     said = "stopped by SIGUSR1 after step" if after else "stopped by SIGUSR1; the same command resumes"
     assert said in out + err
+
+
+def test_a_signal_that_a_module_swallows_while_it_is_imported_stops_the_script_still(capsys, monkeypatch):
+    def main():
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr("kd.util.errors.SECONDS_TO_CATCH", 0.1)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_script(main)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in capsys.readouterr().err
 
 
 @pytest.mark.slow
