@@ -86,23 +86,26 @@ def _groups(rows: list[dict]) -> dict[str, list[dict]]:
 
 @_plot
 def learning_curves(figure: Plot, runs) -> None:
-    """Validation accuracy and training loss against the epoch, a line for each of `kd.runs`; seeds look alike."""
+    """Validation accuracy and training loss against the epoch, or the step where the runs' epochs differ in length, a
+    line for each of `kd.runs`; seeds look alike."""
     figure.set_size_inches(5.2, 6)
     found: dict[str, list] = {}
     for run in (run for run in runs if run.epochs):
         found.setdefault(run.experiment, []).append(run)
+    lengths = {members[0].epochs[0]["step"] for members in found.values()}
+    unit = "step" if len(lengths) > 1 else "epoch"
     names = short_names(group_names([[{"run": run.name} for run in members] for members in found.values()]))
     panels = (("val/accuracy", "validation accuracy, %"), ("epoch/loss", "training loss (log scale)"))
     for axes, (key, title) in zip(figure.subplots(2, sharex=True), panels, strict=True):
         for number, members in enumerate(found.values()):
             for i, run in enumerate(members):
-                points = [(row["epoch"], row[key]) for row in run.epochs if row.get(key) is not None]
+                points = [(row[unit], row[key]) for row in run.epochs if row.get(key) is not None]
                 style = {**_series(number), "markersize": 4, "markevery": max(1, len(points) // 8)}
                 x, y = zip(*points, strict=True) if points else ((), ())
                 axes.plot(x, y, **style, label=None if i else names[number])
         axes.set_ylabel(title)
         axes.grid()
-    axes.set(yscale="log", xlabel="epoch")
+    axes.set(yscale="log", xlabel=unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(found) <= MOST_NAMED:
         _legend(figure, axes)

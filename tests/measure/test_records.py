@@ -96,6 +96,20 @@ def test_learning_curves_draw_what_was_logged(runs):
     assert [text.get_text() for text in legend.get_texts()] == ["alone*", "kd*"]
 
 
+def test_learning_curves_of_epochs_of_different_lengths_are_drawn_against_the_step(folder):
+    file = folder / "more/kd/metrics.jsonl"
+    rows = [{**line, "step": 10 * line["step"]} for line in logged(folder / "more/kd")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    upper, lower = kd.plots.learning_curves(kd.runs(folder)).axes
+    assert lower.get_xlabel() == "step"
+    drawn = [list(map(tuple, line.get_xydata())) for line in upper.lines]
+    names = ("alone", "begun", "more/kd")
+    assert sorted(drawn) == sorted(
+        [(line["step"], line["val/accuracy"]) for line in logged(folder / name) if "epoch/loss" in line]
+        for name in names
+    )
+
+
 def test_accuracy_against_cost_marks_the_front(runs, teacher_run):
     rows = [kd.measure.records.Record(run).row for run in (teacher_run, *runs)]
     axes = plots.accuracy_against_cost(rows, "num_params").axes[0]
