@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -67,5 +69,7 @@ def test_the_public_weights_have_the_published_accuracy(depth):
     view = View(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     weights = str(SHARED / f"weights/cifar10_resnet{depth}.safetensors")
     classifier = build_classifier(f"cifar10_resnet{depth}", data.classes, view, weights=weights)
-    logits, labels = predict(classifier, data.test, 500, Accelerator(cpu=True))
-    assert metrics.accuracy(logits, labels) == pytest.approx(KNOWN[depth][1], abs=0.005)
+    whole = depth == 20  # it takes half a minute; of the others two thousand images, of which 2 points are 3.5 errors
+    test = data.test if whole else replace(data.test, places=data.test.places[:2000])
+    logits, labels = predict(classifier, test, 500, Accelerator(cpu=True))
+    assert metrics.accuracy(logits, labels) == pytest.approx(KNOWN[depth][1], abs=0.005 if whole else 2)
