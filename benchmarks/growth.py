@@ -206,7 +206,7 @@ def within_memory(limit_mb: int, folder: Path, out: Path | None) -> dict:
 
 
 def large(stage: str, source: str, teacher: str, folder: str, group: str, limit_bytes: int) -> dict:
-    """Within the limit: seconds of a stage, and images a second of its training steps."""
+    """Within the limit: seconds of a stage, and images per second of its training steps."""
     if group:
         Path(group, "cgroup.procs").write_text(str(os.getpid()))
     else:

@@ -35,7 +35,7 @@ LOSSES = {
 
 
 def loop(source: str, teacher: str, student: str, batch_size: int, epochs: int, losses: str) -> dict:
-    """`distill.py`'s images a second in each epoch but the first."""
+    """`distill.py`'s images per second in each epoch but the first."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--student", student, "--teacher", teacher, "--data.source", source, "--data.val_fraction", 0]
         arguments += ["--data.batch_size", batch_size, "--epochs", epochs, "--losses", json.dumps(LOSSES[losses])]

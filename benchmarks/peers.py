@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The scripts against two packages of the registry on the same job: seconds of training, and images a second.
+"""The scripts against two packages of the registry on the same job: seconds of training, and images per second.
 
     pip install --no-deps torchdistill timm        # and what they ask for: scipy, cython, huggingface_hub
     python benchmarks/peers.py --cifar10 cifar10 --stl10 stl10

@@ -15,7 +15,7 @@ Suit = Callable[[tuple, tuple], bool]  # whether a loss can compare two features
 
 @dataclass
 class Setting:
-    """What a loss is told before the first step.
+    """What a loss is given before the first step.
 
     student_shapes, teacher_shapes: shapes of the tapped features by tap name, without the batch axis.
     num_classes: K.
