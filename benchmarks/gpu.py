@@ -7,7 +7,8 @@
 tutorial    recipes/cifar10: teacher, student alone and the four distilled students, 10 epochs each, one after the other
             in one process; seconds from its start to its end, imports and tests counted, images decoded before
 teacher95   ResNet-18 for 32x32 images (its stem a 3x3 convolution without pooling) with flips and padded crops, then
-            resnet20 distilled from its table of views; test accuracies, and images per second of each epoch but one
+            resnet20 distilled from its table of views; test accuracies, and images per second of each epoch but the
+            first
 
 The loop against its limit on a GPU, and the profile, are limit.py and kernels.py; `run.py` runs them all. Where
 there is no GPU this says so and ends.
