@@ -29,11 +29,16 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def write_synced(path: Path, content: bytes, named: Path | None = None) -> None:
-    """Write a file and wait until the disk has it; an error names `named`, by default the file itself."""
-    with writing(named or path), open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a file and wait until the disk has it; an error names `named`, by default the file itself.
+
+    What has its name is deleted before: a link would lead to another file.
+    """
+    with writing(named or path):
+        path.unlink(missing_ok=True)
+        with open(path, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def sync(path: Path) -> None:

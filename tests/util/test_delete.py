@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kd.util.files import delete
+from kd.util.files import delete, write_atomic
 
 
 @pytest.fixture
@@ -34,4 +34,13 @@ def test_files_folders_and_links_are_deleted(folders):
     for name in ("link", "a", "file", "absent"):
         delete(run / name, run)
     assert not list(run.iterdir())
+    assert (victim / "file").read_text() == "kept"
+
+
+def test_what_is_written_does_not_follow_a_link_in_the_place_of_what_is_renamed(folders):
+    run, victim = folders
+    (run / ".file.tmp").symlink_to(victim / "file")
+    write_atomic(run / "file", b"new")
+    assert (run / "file").read_bytes() == b"new"
+    assert not (run / "file").is_symlink()
     assert (victim / "file").read_text() == "kept"
