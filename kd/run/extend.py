@@ -33,7 +33,7 @@ def check_extension(folder: Path, old: dict, new: dict) -> None:
         why = f"max_steps {new['max_steps']} ends it earlier"
     if why:
         raise UserError(
-            f"output_dir {str(folder)!r} holds a run of {old['epochs']} epochs, which cannot be extended to "
+            f"output_dir {str(folder)!r} holds a run of {old.get('epochs')} epochs, which cannot be extended to "
             f"{new['epochs']}: {why}; {remedy}"
         )
 
@@ -42,16 +42,12 @@ def ends_later(folder: Path, new: dict) -> bool:
     """Whether a finished run would have ended later with this resolved config.
 
     Raises:
-        UserError: it would, and no checkpoint is left to resume from.
+        UserError: it does not hold how it ended.
     """
     ended_by, old = read_summary(folder).get("stopped_by") or "epochs", read_config(folder)
-    later = ended_by in new and _limit(new, ended_by) > _limit(old, ended_by)
-    if later and not any((folder / "checkpoints").glob("step_*")):
-        raise UserError(
-            f"run {str(folder)!r} is finished and holds no checkpoint from which a later end could be reached; name "
-            f"another output_dir, or pass --overwrite true to start it again"
-        )
-    return later
+    if ended_by not in ENDS:
+        raise UserError(f"run {str(folder)!r} is damaged: summary.json: stopped_by is {ended_by!r:.60}")
+    return ended_by in new and _limit(new, ended_by) > _limit(old, ended_by)
 
 
 def _limit(config: dict, name: str) -> float:

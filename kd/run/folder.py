@@ -80,6 +80,7 @@ class Run:
     Attributes:
         inputs: what `begin` writes down of what the run learns from; before that, of a run that resumes what it wrote
             when it began, {} if that was an earlier version. On the main process.
+        extends: whether the run is finished and will be trained on, to a later end.
 
     Raises:
         UserError: another live run holds the folder, it holds something else than a run, or a run of another config.
@@ -97,7 +98,8 @@ class Run:
                 self._take()
                 self._check()
             done = (self.folder / "summary.json").is_file() and not self.overwrite
-            self._done = done and not ends_later(self.folder, config)
+            self.extends = done and ends_later(self.folder, config)
+            self._done = done and not self.extends
         except BaseException:
             self.__exit__()
             raise
@@ -183,7 +185,9 @@ class Run:
             UserError: something else has the place of one of these.
         """
         for folder in (self.folder / name for name in kept if self.is_main):
-            if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and folder not in self._kept_before()):
+            # a kill may have left the file from which its config would have been renamed
+            held = {path.name for path in folder.iterdir()} - {".config.yaml.tmp"} if folder.is_dir() else set()
+            if folder.is_file() or (held and folder not in self._kept_before()):
                 raise UserError(
                     f"output_dir {str(self.folder)!r}: a network {folder.name!r} will be kept there, and "
                     f"{str(folder)!r} is something else; move it, or name another output_dir"

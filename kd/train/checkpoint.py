@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from kd.util.contents import wrong_progress
 from kd.util.errors import is_main_process, say
 from kd.util.files import built_aside, delete, sync, write_atomic, write_synced
 from kd.util.gathers import share_out
@@ -35,6 +36,7 @@ from kd.util.tensors import savable
 KEEP = 2  # at least, so that a damaged one costs steps and not the run
 FROZEN = "frozen.safetensors"
 _WHOLE = re.compile(r"step_\d{8}")
+_FILE = re.compile(r"(distiller|optimizer|best)\.safetensors")
 _HALF = re.compile(r"step_\d{8}\.tmp-\d+|\.tmp-step_\d{8}")  # the second as an earlier version named them
 
 
@@ -183,8 +185,13 @@ def _load(path: Path, frozen: Mapping[str, Tensor]) -> tuple[Progress, dict[str,
     content = json.loads((path / "state.json").read_text())
     if content.pop("sha256_of_this") != _digest(content):
         raise ValueError("state.json does not have its checksum")
+    wrong = wrong_progress(content["progress"])
+    if wrong or path.name != f"step_{content['progress']['step']:08d}":
+        raise ValueError(f"state.json: {wrong or 'it is of another step'}")
     tensors = {}
     for name, digest in content["sha256"].items():
+        if not _FILE.fullmatch(name):
+            raise ValueError(f"{name!r:.60} is no file of a checkpoint")
         data = (path / name).read_bytes()
         if hashlib.sha256(data).hexdigest() != digest:
             raise ValueError(f"{name} does not have its checksum")

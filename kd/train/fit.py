@@ -52,10 +52,11 @@ def fit(
     Raises:
         UserError: the loss is not finite.
     """
+    saver = Saver(run, distiller, config)
     run.begin(kept=list(distiller.learner.networks)[1:])
     accelerator.wait_for_everyone()
+    saver.find()
     rank, world = accelerator.process_index, accelerator.num_processes
-    saver = Saver(run, distiller, config)
     engine = (ZeroEngine if zero.wanted(world) else Engine)(distiller, config, accelerator)
     data = data.on_device(accelerator.device, config.data.device_share)
     batches = TrainBatches(

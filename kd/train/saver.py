@@ -19,13 +19,26 @@ class Saver:
 
     Args:
         distiller: with the first weights, before an engine shares them out.
+
+    Raises:
+        UserError: the run is finished and would be extended, and no whole checkpoint is left to resume from.
     """
 
     def __init__(self, run: Run, distiller: Distiller, config):
         self._run, self._config, self._folder = run, config, run.folder / "checkpoints"
-        frozen = frozen_tensors(distiller)
-        self._found = load_newest(self._folder, frozen)
-        self._frozen = frozenset(frozen)
+        self._first, self._found = frozen_tensors(distiller), None
+        self._frozen = frozenset(self._first)
+        if run.extends:  # before it counts as unfinished
+            self.find()
+
+    def find(self) -> None:
+        """Load the newest whole checkpoint where there is one; called before an engine shares the networks out."""
+        self._found = self._found or load_newest(self._folder, self._first)
+        if self._found is None and self._run.extends:
+            raise UserError(
+                f"run {str(self._run.folder)!r} is finished and holds no whole checkpoint from which a later end could "
+                f"be reached; name another output_dir, or pass --overwrite true to start it again"
+            )
 
     def resume(self, engine: Engine) -> tuple[Progress, Best]:
         """Where the run is, 0 steps without a checkpoint, and the best weights so far; the engine gets the newest.
@@ -33,7 +46,7 @@ class Saver:
         Raises:
             UserError: the processes see different checkpoints.
         """
-        found, self._found, accelerator = self._found, None, engine.accelerator
+        found, self._found, self._first, accelerator = self._found, None, {}, engine.accelerator
         progress, tensors = found or (Progress(), {})
         steps = accelerator.gather(torch.tensor([progress.step], device=accelerator.device)).tolist()
         if len(set(steps)) > 1:
@@ -42,7 +55,13 @@ class Saver:
                 f"put output_dir on a disk that all nodes share"
             )
         if tensors:
-            engine.load(tensors)
+            try:
+                engine.load(tensors)
+            except (RuntimeError, LookupError, ValueError) as error:
+                raise UserError(
+                    f"the newest checkpoint in {self._folder} does not fit what is trained "
+                    f"({' '.join(str(error).split())[:200]}); delete it, or pass --overwrite true to start again"
+                ) from None
             if progress.scaler is not None and accelerator.scaler is not None:
                 accelerator.scaler.load_state_dict(progress.scaler)
             say(f"resuming after step {progress.step}")

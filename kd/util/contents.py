@@ -54,8 +54,16 @@ _SUMMARY = {
     **dict.fromkeys(("device?", "stopped_by?"), str),
     "versions?": {str: _OPTIONAL_STRING},
     "inputs?": (_INPUTS, None),
+    "stopped_by?": str,
 }
 _ROW = {"step": int, "epoch": int}
+_PROGRESS = {
+    **dict.fromkeys(("step", "metrics_bytes"), int),
+    "seconds": float,
+    "sums": {str: {str: [float]}},
+    "best": {str: {"epoch": int, "val_accuracy": float}},
+    "standing": {str: {"first": (float, None), "epochs": int, "one_class": int, "said": bool}},
+}
 _NETWORK = {"model": str, "model_args": {str: Any}, "classes": [str], "preprocess": {str: Any}, "sha256": str}
 
 
@@ -91,6 +99,11 @@ def read_inputs(folder: Path) -> dict | None:
         UserError: its inputs.json is damaged.
     """
     return _read(folder / "inputs.json", _INPUTS, absent=None)
+
+
+def wrong_progress(content: object) -> str:
+    """Why the progress in a checkpoint's state.json is none; empty if it is one."""
+    return _wrong(content, _PROGRESS)
 
 
 def read_choices(folder: Path) -> dict[str, str]:

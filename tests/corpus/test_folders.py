@@ -176,11 +176,13 @@ def test_what_has_the_name_of_a_network_to_keep_is_noticed_before_training(train
     assert contents(finished) == before
 
 
-def test_a_network_whose_writing_was_cut_short_is_written_again(train, finished, monkeypatch):
+@pytest.mark.parametrize("at", ["config.yaml", "model.safetensors"])
+def test_a_network_whose_writing_was_cut_short_is_written_again(train, finished, monkeypatch, at):
     write = kd.run.folder.write_atomic
 
     def killed(path, content):
-        if path == finished / "peer2/model.safetensors":
+        if path == finished / "peer2" / at:
+            path.with_name(f".{at}.tmp").write_bytes(content[:9])
             raise KeyboardInterrupt
         write(path, content)
 

@@ -14,6 +14,7 @@ from conftest import UNEVEN, assert_one_line
 from test_resume import assert_same_run, rows
 
 from kd.run.config import seconds_of
+from kd.train import checkpoint
 from kd.train.checkpoint import Progress
 from kd.train.ending import Ending
 from kd.train.meter import Meter
@@ -266,7 +267,7 @@ def test_without_a_checkpoint_nothing_is_extended(call, tmp_path):
     for path in (tmp_path / "checkpoints").iterdir():
         path.rmdir()
     result = call("train_teacher", *command, "--epochs", 4)
-    assert_one_line(result, "is finished and holds no checkpoint", "--overwrite true")
+    assert_one_line(result, "is finished and holds no whole checkpoint", "--overwrite true")
     assert "finished already" in call("train_teacher", *command).out
 
 
@@ -299,3 +300,40 @@ def test_the_average_costs_no_forward_pass_where_no_term_reads_it(call, tmp_path
     )
     assert call(script, *command, *taught).status == 0
     assert seen
+
+
+def test_a_finished_run_whose_checkpoint_is_damaged_is_not_trained_again(call, tmp_path):
+    command = (*RUN, "--output_dir", tmp_path)
+    assert call("train_teacher", *command).status == 0
+    (newest,) = (tmp_path / "checkpoints").glob("step_*")
+    (newest / "distiller.safetensors").write_bytes(b"x")
+    before = (tmp_path / "summary.json").read_bytes(), (tmp_path / "config.yaml").read_bytes()
+    result = call("train_teacher", *command, "--epochs", 5)
+    assert_one_line(result, "is finished and holds no whole checkpoint", "--overwrite true")
+    assert ((tmp_path / "summary.json").read_bytes(), (tmp_path / "config.yaml").read_bytes()) == before
+    assert "is finished already" in call("train_teacher", *command).out
+
+
+@pytest.mark.parametrize("word", ["data", "seed"])
+def test_a_summary_that_names_another_end_is_damaged(call, tmp_path, word):
+    command = (*RUN, "--output_dir", tmp_path)
+    assert call("train_teacher", *command).status == 0
+    (tmp_path / "summary.json").write_text(json.dumps({**summary(tmp_path), "stopped_by": word}))
+    assert_one_line(call("train_teacher", *command, "--epochs", 5), "summary.json", "stopped_by", word)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": 10**30}, {"metrics_bytes": "x"}, {"best": {"student": 5}}, {"standing": {"student": {}}}, {"sums": 5}],
+)
+def test_progress_of_other_types_is_a_damaged_checkpoint(call, tmp_path, changes):
+    command = (*RUN, "--output_dir", tmp_path)
+    assert call("train_teacher", *command).status == 0
+    (newest,) = (tmp_path / "checkpoints").glob("step_*")
+    content = json.loads((newest / "state.json").read_text())
+    del content["sha256_of_this"]
+    content["progress"] |= changes
+    (newest / "state.json").write_text(json.dumps({**content, "sha256_of_this": checkpoint._digest(content)}))
+    result = call("train_teacher", *command, "--epochs", 5)
+    assert_one_line(result, "holds no whole checkpoint")
+    assert "is damaged (state.json: " in result.out
