@@ -197,7 +197,7 @@ class Evaluator:
             return
         taught = (read_summary(Path(measured.name)).get("inputs") or {}).get("weights", {})
         known = weights_of(row["config"])
-        if replaced := [name for name, digest in known.items() if taught.get(name, digest) != digest]:
+        if replaced := [name for name, digest in known.items() if name in names and taught.get(name, digest) != digest]:
             measured.notes.append(f"{label} cannot be compared with: {', '.join(replaced)} has other weights by now")
             return
         measured.notes += [f"{measured.name}: its teacher {line}" for line in sizes]

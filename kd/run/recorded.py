@@ -13,6 +13,7 @@ from kd.run.config import FREE_FIELDS, DataConfig
 from kd.run.messages import explain
 from kd.util.contents import read_network
 from kd.util.errors import UserError
+from kd.util.files import file_sha256
 
 _FIELDS = [f.name for f in dataclasses.fields(DataConfig)]
 _NEVER_NULL = [f.name for f in dataclasses.fields(DataConfig) if f.default is not None]
@@ -49,7 +50,10 @@ def teachers_of(config: Mapping) -> list[str]:
 
 
 def weights_of(config: Mapping) -> dict[str, str]:
-    """The sha256 of the weights of each run folder that a resolved config learns from; each as it is named there."""
+    """The sha256 of the weights of each run folder, and of the file of weights, that a resolved config begins with, by
+    their names there."""
     first = [config["init_from"]] if config.get("init_from") else []
     named = [name for name in [*teachers_of(config), *first] if (Path(name) / "config.json").is_file()]
-    return {name: read_network(Path(name))["sha256"] for name in named}
+    found = {name: read_network(Path(name))["sha256"] for name in named}
+    file = config.get("weights")
+    return found | ({file: file_sha256(Path(file))} if file and Path(file).is_file() else {})

@@ -9,6 +9,7 @@ import signal
 
 import numpy as np
 import pytest
+import safetensors.torch
 from conftest import assert_one_line, write_image
 from PIL import Image
 from refusing import (  # noqa: F401 (fixtures)
@@ -229,6 +230,17 @@ def test_how_many_images_a_teacher_has_seen_is_counted(train, runs):
 
 def test_a_teacher_of_the_same_split_or_of_other_images_is_not_said(train, runs, image_folder):
     assert "has seen" not in train("--teacher", runs / "teacher", script="distill").out
+
+
+def test_first_weights_that_were_replaced_are_noticed(train, runs, tmp_path):
+    weights, out = tmp_path / "w.safetensors", ("--output_dir", tmp_path / "run")
+    shutil.copy(runs / "teacher/model.safetensors", weights)
+    command = ("--model", "mnist_teacher", "--weights", weights, "--freeze_backbone", "true", *out)
+    assert train(*command, "--max_steps", 2).status == 0
+    content = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({name: tensor + 1 for name, tensor in content.items()}, weights)
+    (tmp_path / "run/summary.json").unlink()
+    assert_one_line(train(*command, "--max_steps", 2), "began with other inputs", str(weights), "were replaced")
 
 
 # Records that hold something else
