@@ -52,7 +52,9 @@ class RawSplit:
         """The error for images that cannot be decoded: their places, and why."""
         named = "; ".join(f"{self.name(place)} ({why})" for place, why in bad[:3])
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        return UserError(f"unreadable image: {named}{more}; repair or remove it, or pass --data.skip_unreadable true")
+        return UserError(
+            f"unreadable image: {named}{more}; repair or remove it, or train with --data.skip_unreadable true"
+        )
 
 
 def _or_why(function, image, *arguments):

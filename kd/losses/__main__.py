@@ -1,9 +1,9 @@
 """List the losses, each with its paper: `python -m kd.losses`; `distill.py --losses.help NAME` explains one."""
 
 import inspect
-import sys
 
 from kd.losses import LOSSES, paper
+from kd.util.errors import run_script
 
 
 def main() -> int:
@@ -21,4 +21,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

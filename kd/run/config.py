@@ -73,8 +73,8 @@ class DataConfig:
     num_train: PositiveInt | None = None
     """train on a class-balanced subset of this many images"""
     num_labels: PositiveInt | None = None
-    """read the labels of a class-balanced subset of this many training images only: the others are shown without one,
-    and losses that read labels leave them out"""
+    """train on the labels of a class-balanced subset of this many training images only: the others are shown without
+    one, and losses that read labels leave them out"""
     val_fraction: BelowOne = 0.1
     """share of train set aside for validation, unless the source has a validation split; 0 for none"""
     test_fraction: OpenUnitInterval = 0.2

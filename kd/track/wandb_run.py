@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from kd.track.job import Job, TrackerRun
 from kd.track.outcome import Outcome
-from kd.util.errors import say
+from kd.util.errors import UserError, say, unknown
 from kd.util.files import delete
 
 # The summary holds the best of these, and it is known which way is better; the others' last values.
@@ -25,6 +25,7 @@ BEST = {
 # Seconds in which what is left is sent when a run ends; else one whose server is gone would never end. Less than the
 # two minutes between a job's signal and its end. WANDB_FINISH_TIMEOUT, W&B's own, says otherwise.
 FINISH_SECONDS = 90
+MODES = ("online", "offline", "disabled", "dryrun", "run", "shared")
 MAX_CHART = 100  # classes of a confusion matrix that is a chart; of more it is a picture
 
 
@@ -37,6 +38,14 @@ def has_key() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def _finish_seconds() -> float:
+    text = os.environ.get("WANDB_FINISH_TIMEOUT") or str(FINISH_SECONDS)
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"WANDB_FINISH_TIMEOUT {text!r} is no number of seconds") from None
 
 
 class WandbRun(TrackerRun):
@@ -59,7 +68,7 @@ class WandbRun(TrackerRun):
             "config": job.config,
             "settings": {
                 "silent": True,
-                "finish_timeout": float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)),
+                "finish_timeout": _finish_seconds(),
                 "finish_timeout_raises": True,
             },
         }
@@ -67,7 +76,11 @@ class WandbRun(TrackerRun):
         self._staged = "WANDB_DATA_DIR" not in os.environ
         if self._staged:
             os.environ["WANDB_DATA_DIR"] = str(job.folder / "wandb")
+        if not os.environ.get("WANDB_MODE"):
+            os.environ.pop("WANDB_MODE", None)  # the client takes an empty one for a mode
         mode = os.environ.get("WANDB_MODE", "online" if has_key() else "offline")
+        if mode not in MODES:
+            raise unknown("WANDB_MODE", mode, MODES)
         for attempt in dict.fromkeys((mode, "offline")):
             if attempt == "offline":
                 self._forget()

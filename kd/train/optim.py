@@ -13,7 +13,7 @@ from torch import nn
 from kd.run.config import OptimizerConfig
 from kd.train.checkpoint import load_optimizer_tensors, optimizer_tensors
 from kd.util.errors import UserError, unknown
-from kd.util.own_code import blamed, described
+from kd.util.own_code import blamed, called_from_here, described
 
 BUILT_IN = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -53,7 +53,9 @@ def try_optimizer(config: OptimizerConfig, distiller: nn.Module, shared_out: boo
             load_optimizer_tensors(resumed, {name: value.clone() for name, value in optimizer_tensors(whole).items()})
             _take_steps(whole, first)
             _take_steps(resumed, second)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
+        if called_from_here(error):
+            raise  # it is the user's own code's, and said with its place
         raise UserError(
             f"optimizer.name {config.name!r} with args {config.args} cannot be used: {described(error)}"
         ) from error
@@ -84,7 +86,7 @@ def _make(config: OptimizerConfig, parameters: list[nn.Parameter], fused: bool) 
     arguments = {"lr": config.lr}
     if "weight_decay" in known or config.weight_decay:  # its own default is not ours
         arguments["weight_decay"] = config.weight_decay
-    if config.name in BUILT_IN:
+    if config.name in BUILT_IN and not config.args.get("foreach"):  # torch takes one of the two
         arguments["fused"] = fused
     if config.name == "sgd":
         arguments |= {"momentum": config.momentum, "nesterov": config.nesterov}

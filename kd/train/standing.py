@@ -52,6 +52,6 @@ class Standing:
         if not steps:
             cause = "its preprocessing or order of classes may be another than the one it was trained with"
         elif scratch and steps < 1000:
-            cause = f"{steps} steps from random weights are few; try --weights imagenet, or more epochs"
+            cause = f"{steps} steps from random weights are few; try more epochs, or first weights (--weights)"
         say(f"warning: {what}: {cause}")
         return True

@@ -47,6 +47,19 @@ def test_wandb_is_the_default_where_a_key_is_or_it_is_set_offline(monkeypatch, e
         assert choose_tracker(name) == name
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("WANDB_MODE", "bogus", ("WANDB_MODE 'bogus'", "offline")),
+        ("WANDB_FINISH_TIMEOUT", "abc", ("WANDB_FINISH_TIMEOUT 'abc'", "seconds")),
+    ],
+)
+def test_a_wrong_setting_of_wandb_is_one_line(call, tmp_path, monkeypatch, name, value, words):
+    monkeypatch.setenv(name, value)
+    result = call("train_teacher", *SMALL, "--report_to", "wandb", "--output_dir", tmp_path / "run")
+    assert_one_line(result, *words)
+
+
 def test_a_key_in_netrc_counts(monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

@@ -66,6 +66,18 @@ def test_settings_that_cannot_be_are_one_line(call, arguments, words):
     assert_one_line(call("train_teacher", *arguments), *words)
 
 
+def test_foreach_takes_the_place_of_fused(call, tmp_path):
+    command = (*UNEVEN, "--max_steps", 2, "--optimizer.args", "{foreach: true}", "--output_dir", tmp_path)
+    assert call("train_teacher", *command).status == 0
+
+
+@pytest.mark.parametrize("arguments", ["{betas: [0.9]}", "{capturable: true}"])
+def test_arguments_that_torch_cannot_take_are_one_line(call, tmp_path, arguments):
+    result = call("train_teacher", *UNEVEN, "--optimizer.args", arguments, "--output_dir", tmp_path / "run")
+    assert_one_line(result, "optimizer.name 'adam'", "cannot be used")
+    assert not (tmp_path / "run").exists()
+
+
 # Optimizers by import path
 
 

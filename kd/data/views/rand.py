@@ -23,7 +23,7 @@ from kd.data.views.crop import draws
 from kd.keyed import Purpose
 
 STRONGEST = 10
-_PART = re.compile(r"m(?:\d|10)|n[1-9]|mstd\d+(?:\.\d+)?|inc[01]")
+_PART = re.compile(r"m(?:\d|10)|n[1-9]|mstd\d+(?:\.\d+)?|inc[01]", re.ASCII)
 
 
 def invert(images: Tensor, _amounts: Tensor) -> Tensor:

@@ -76,6 +76,9 @@ def _target(arguments: Namespace, run: Path) -> tuple[Path, list[str]]:
         files = [name, f"{name}.json", *([f"{stem}.int8.onnx"] if to == "onnx" else [])]
     else:
         folder, files = out, ["model.safetensors", "config.json", *(["README.md"] if to == "hub" else [])]
+    links = [place for place in (run / "export", folder) if place.is_symlink()] if not arguments.out else []
+    if links:
+        raise UserError(f"{str(links[0])!r} is a link, and an export stays in the run's folder; name another by --out")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {str(folder)!r} is a file; name a folder")
     return folder, files
