@@ -196,8 +196,8 @@ class Evaluator:
             measured.notes.append(f"{label} cannot be compared with: {error}")
             return
         taught = (read_summary(Path(measured.name)).get("inputs") or {}).get("weights", {})
-        known = weights_of(row["config"])
-        if replaced := [name for name, digest in known.items() if name in names and taught.get(name, digest) != digest]:
+        known = weights_of({"teacher": row["teacher"]})
+        if replaced := [name for name, digest in known.items() if taught.get(name, digest) != digest]:
             measured.notes.append(f"{label} cannot be compared with: {', '.join(replaced)} has other weights by now")
             return
         measured.notes += [f"{measured.name}: its teacher {line}" for line in sizes]
