@@ -13,7 +13,7 @@ from torch import nn
 from kd.run.config import OptimizerConfig
 from kd.train.checkpoint import load_optimizer_tensors, optimizer_tensors
 from kd.util.errors import UserError, unknown
-from kd.util.own_code import blamed, called_from_here, described
+from kd.util.own_code import blamed, described
 
 BUILT_IN = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -54,8 +54,6 @@ def try_optimizer(config: OptimizerConfig, distiller: nn.Module, shared_out: boo
             _take_steps(whole, first)
             _take_steps(resumed, second)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError) as error:
-        if called_from_here(error):
-            raise  # it is the user's own code's, and said with its place
         raise UserError(
             f"optimizer.name {config.name!r} with args {config.args} cannot be used: {described(error)}"
         ) from error
