@@ -14,6 +14,7 @@ from kd.train import zero
 from kd.train.optim import try_optimizer
 from kd.util.errors import UserError, say
 from kd.util.own_code import blamed, described
+from kd.util.tensors import buffers_put_back
 
 NUM_IMAGES = 4
 
@@ -78,18 +79,15 @@ def try_first_batch(distiller: nn.Module, teachers: Callable | None, data: Data,
 def _unchanged(module: nn.Module) -> Iterator[None]:
     """Put back attributes, buffers and torch's generators at the end, and drop gradients."""
     attributes = [(part, dict(vars(part)), dict(part.named_buffers(recurse=False))) for part in module.modules()]
-    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
     devices = {parameter.device.index for parameter in module.parameters() if parameter.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        for part, own, buffers in attributes:
-            vars(part).clear()
-            vars(part).update(own)
-            for name, buffer in buffers.items():  # another tensor may have taken its place
-                setattr(part, name, buffer)
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
-        module.zero_grad()
+    with buffers_put_back(module):
+        try:
+            with torch.random.fork_rng(devices=devices):
+                yield
+        finally:
+            for part, own, buffers in attributes:
+                vars(part).clear()
+                vars(part).update(own)
+                for name, buffer in buffers.items():  # another tensor may have taken its place
+                    setattr(part, name, buffer)
+            module.zero_grad()
