@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import importlib
+import itertools
 import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -17,6 +20,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGALRM)  # that scripts handle
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -41,7 +46,7 @@ def _clean_process(monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(ROOT)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in handlers.items():  # run_script leaves its own
         signal.signal(number, handler)
@@ -66,6 +71,23 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()  # what is imported lives to the end; the collector looking through it took a tenth of the time
+
+
+@contextmanager
+def interrupted_at(*numbers: int) -> Iterator[None]:
+    """Ctrl-C after some of the micro-batches that runs of this process take meanwhile, counted from 1 over all runs."""
+    from kd.train.meter import Meter
+
+    add, count = Meter.add, itertools.count(1)
+
+    def interrupted(*arguments):
+        if next(count) in numbers:
+            raise KeyboardInterrupt
+        add(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Meter, "add", interrupted)
+        yield
 
 
 class Result:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line
+from conftest import ROOT, assert_one_line, interrupted_at
 from test_resume import assert_same_run
 from torch import nn
 
@@ -17,7 +17,6 @@ from kd.models.reused_head import averaged_map, up_to
 from kd.run.config import DistillConfig
 from kd.run.parse import parse
 from kd.teachers import Teachers
-from kd.train.meter import Meter
 from kd.train.setup import build_learner, build_trained
 from kd.util.errors import UserError
 
@@ -91,19 +90,10 @@ def test_a_run_trains_body_and_projector_and_its_folder_is_enough(call, teacher,
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_resumes_exactly(call, teacher, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_exactly(call, teacher, tmp_path):
     command = ("--teacher", teacher, *REUSE, "--epochs", 3, "--checkpoint_every", 2, "--output_dir")
     assert call("distill", *command, tmp_path / "whole").status == 0
-    add, calls = Meter.add, []
-
-    def cut(*arguments):
-        calls.append(0)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        add(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Meter, "add", cut)
+    with interrupted_at(6):
         assert call("distill", *command, tmp_path / "cut").status == 130
     assert not (tmp_path / "cut" / "summary.json").exists()
     result = call("distill", *command, tmp_path / "cut")

@@ -8,7 +8,7 @@ from pathlib import Path
 import children
 import pytest
 import torch
-from conftest import assert_one_line
+from conftest import assert_one_line, interrupted_at
 from test_resume import assert_same_run, rows
 from test_sharded import ENGINES
 
@@ -18,7 +18,6 @@ from kd.models import View, build_classifier, state_hash
 from kd.outputs import Batch
 from kd.students import LEARNERS, Cohort, Exits, Making, MeanTeacher
 from kd.train.distiller import Distiller
-from kd.train.meter import Meter
 
 FEW = ("--data.num_train", 100, "--data.batch_size", 24, "--epochs", 2, "--checkpoint_every", 2, "--log_every", 1)
 FEW = (*FEW, "--data.flip", "true", "--report_to", "none", "--optimizer.name", "sgd", "--optimizer.lr", 0.01)
@@ -94,19 +93,10 @@ def test_every_learner_is_listed():
 
 @pytest.mark.first_tier(1)
 @pytest.mark.parametrize("name", CASES)
-def test_every_learner_resumes_exactly_and_its_networks_are_kept(call, command, tmp_path, name, monkeypatch):
+def test_every_learner_resumes_exactly_and_its_networks_are_kept(call, command, tmp_path, name):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert call("distill", *command(name), whole).status == 0
-    add, calls = Meter.add, []
-
-    def interrupted(*arguments):
-        calls.append(0)
-        if len(calls) in (4, 9):
-            raise KeyboardInterrupt
-        add(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Meter, "add", interrupted)
+    with interrupted_at(4, 9):
         assert call("distill", *command(name), cut).status == 130
         assert call("distill", *command(name), cut).status == 130
     assert call("distill", *command(name), cut).status == 0

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import children
 import pytest
 import yaml
-from conftest import UNEVEN, assert_one_line
+from conftest import UNEVEN, assert_one_line, interrupted_at
 from test_resume import assert_same_run, rows
 
 from kd.run.config import seconds_of
@@ -131,20 +131,11 @@ def test_durations(text, seconds):
 # Early stopping
 
 
-def test_early_stopping_is_exact_and_a_larger_patience_resumes(call, tmp_path, monkeypatch):
+def test_early_stopping_is_exact_and_a_larger_patience_resumes(call, tmp_path):
     never, some = ("--output_dir", tmp_path / "never"), ("--output_dir", tmp_path / "some")
     assert call("train_teacher", *STILL, *never).status == 0
     assert "stopped_by" not in summary(tmp_path / "never")
-    add, calls = Meter.add, []
-
-    def interrupted(*arguments):
-        calls.append(0)
-        if len(calls) in (8, 12):  # in the epochs that are waited for
-            raise KeyboardInterrupt
-        add(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Meter, "add", interrupted)
+    with interrupted_at(8, 12):  # in the epochs that are waited for
         for _ in range(2):
             assert call("train_teacher", *STILL, *some, "--patience", 2).status == 130
         result = call("train_teacher", *STILL, *some, "--patience", 2)

@@ -8,13 +8,12 @@ import math
 import children
 import pytest
 import torch
-from conftest import UNEVEN, assert_one_line
+from conftest import UNEVEN, assert_one_line, interrupted_at
 from test_resume import assert_same_run
 from test_sharded import ENGINES
 from torch import nn
 
 from kd.run.config import OptimizerConfig
-from kd.train.meter import Meter
 from kd.train.optim import learning_rate, make_optimizer, try_optimizer
 from kd.util.errors import UserError
 
@@ -106,27 +105,18 @@ USABLE = {
 }
 
 
-def interrupted_equals_whole(call, tmp_path, monkeypatch, *arguments) -> None:
-    add, calls = Meter.add, []
-
-    def interrupted(*given):
-        calls.append(0)
-        if len(calls) in (4, 9):
-            raise KeyboardInterrupt
-        add(*given)
-
+def interrupted_equals_whole(call, tmp_path, *arguments) -> None:
     assert call("train_teacher", *RUN, *arguments, "--output_dir", tmp_path / "whole").status == 0
     command = (*RUN, *arguments, "--output_dir", tmp_path / "cut")
-    with monkeypatch.context() as patch:
-        patch.setattr(Meter, "add", interrupted)
+    with interrupted_at(4, 9):
         assert [call("train_teacher", *command).status for _ in range(3)] == [130, 130, 0]
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", [n if n == "RMSprop" else pytest.param(n, marks=pytest.mark.slow) for n in USABLE])
-def test_any_optimizer_resumes_exactly(call, tmp_path, monkeypatch, name):
+def test_any_optimizer_resumes_exactly(call, tmp_path, name):
     named = ("--optimizer.name", f"torch.optim.{name}", "--optimizer.args", json.dumps(USABLE[name]))
-    interrupted_equals_whole(call, tmp_path, monkeypatch, *named)
+    interrupted_equals_whole(call, tmp_path, *named)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +174,8 @@ def test_norms_and_biases_are_not_decayed():
 
 
 @pytest.mark.parametrize("name", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
-def test_two_groups_resume_exactly(call, tmp_path, monkeypatch, name):
-    interrupted_equals_whole(call, tmp_path, monkeypatch, *NO_DECAY, "--optimizer.name", name)
+def test_two_groups_resume_exactly(call, tmp_path, name):
+    interrupted_equals_whole(call, tmp_path, *NO_DECAY, "--optimizer.name", name)
 
 
 @pytest.mark.slow
